@@ -1,0 +1,73 @@
+"""Secateur prunes large language models after training, and hands back models that are smaller and faster.
+
+    >>> import secateur
+    >>> secateur.parse_pattern("2:4").fixed_sparsity
+    0.5
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import (
+    DataError,
+    ModelError,
+    NumericsError,
+    OptionError,
+    OutputError,
+    ResumeError,
+    SecateurError,
+)
+
+if TYPE_CHECKING:
+    from . import pruning
+    from .api import PruneResult, evaluate, generate, inspect, prune
+    from .pruning import METHODS, Method, parse_method, parse_pattern
+
+# Names that need torch are found when they are asked for, so that `import secateur` and `--help` stay quick.
+_LAZY = {
+    "PruneResult": "api",
+    "evaluate": "api",
+    "generate": "api",
+    "inspect": "api",
+    "prune": "api",
+    "METHODS": "pruning",
+    "Method": "pruning",
+    "parse_method": "pruning",
+    "parse_pattern": "pruning",
+}
+
+__all__ = [
+    "METHODS",
+    "DataError",
+    "Method",
+    "ModelError",
+    "NumericsError",
+    "OptionError",
+    "OutputError",
+    "PruneResult",
+    "ResumeError",
+    "SecateurError",
+    "__version__",
+    "evaluate",
+    "generate",
+    "inspect",
+    "parse_method",
+    "parse_pattern",
+    "prune",
+    "pruning",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "pruning":
+        return import_module(".pruning", __name__)
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,220 @@
+"""The Python interface: what the command line does, with the same names."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .errors import OptionError
+from .evaluation.generation import continue_text
+from .evaluation.inspection import inspect_matrices
+from .evaluation.perplexity import perplexity
+from .models.hosts import DiskHost, Host, LiveHost
+from .models.source import as_checkpoint, locate, open_checkpoint, quiet_transformers
+from .pipeline.calibration import Tokens, evaluation_windows
+from .pipeline.machine import choose_device
+from .pipeline.plan import Request
+from .pipeline.prune import load_tokenizer, prune_checkpoint, prune_live
+from .progress import Progress, Silent
+from .pruning import Method
+
+EVALUATE_WINDOWS = 40
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` gives back.
+
+    Attributes:
+        model: the pruned model, if one is in memory.
+        path: the output directory, if one was written.
+        report: the contents of ``secateur.json`` (docs/json.md).
+    """
+
+    model: PreTrainedModel | None
+    path: Path | None
+    report: dict[str, Any]
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    output: str | Path | None = None,
+    *,
+    method: str | Method = "wanda",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    calibration: Any = "c4",
+    samples: int | None = None,
+    seqlen: int | None = None,
+    seed: int = 0,
+    allocation: str | Mapping[str, float | str] | Sequence[float] = "uniform",
+    propagate: str = "block",
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    evaluate: str | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prune a model in one shot.
+
+    A path or hub id with `output` is pruned from disk to disk, one block in memory at a time, and a killed run
+    goes on where it stopped. A live model is pruned in place. A path without `output` is loaded, pruned and
+    given back.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model.
+        output: directory of the new checkpoint.
+        method: ``magnitude``, ``wanda``, ``ria``, ``sparsegpt`` with options (``sparsegpt:damping=0.02``), or a
+            `Method` of your own.
+        sparsity: fraction of weights removed, in [0, 1); None is 0.5, or what an N:M pattern implies.
+        pattern: ``row``, ``matrix``, ``N:M`` (keep N of M), ``block:RxC``; None is the method's own.
+        calibration: a SOURCE, strings, token ids [samples, seqlen], records, or a tokenizer's batch.
+        samples: calibration sequences; None is 128, or as many as there are.
+        seqlen: tokens of a sequence; None is min(2048, context).
+        seed: of the random crops.
+        allocation: ``uniform``, a YAML file, a mapping of blocks or expressions to sparsities, or one number a block.
+        propagate: what later blocks see: ``block``, the pruned ones before them, or ``dense``, the unpruned model.
+        include: expressions; only matrices in whose name one is found.
+        exclude: expressions; no matrix in whose name one is found.
+        dtype: of the written tensors; ``auto`` is the source's.
+        device: where to compute; ``auto`` is a GPU if there is one.
+        threads: for torch; None leaves them alone.
+        evaluate: a SOURCE on which perplexity is measured before and after.
+        dry_run: plan and estimate only; the report is the plan.
+        overwrite: replace an earlier result of Secateur.
+        resume: go on with an unfinished run.
+        tokenizer: in place of the model's own.
+        progress: hears of the work.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    progress = progress or Silent()
+    request = Request(
+        method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
+        seed=seed, allocation=allocation, propagate=propagate, include=include, exclude=exclude, dtype=dtype,
+        device=device, threads=threads,
+    )  # fmt: skip
+    if isinstance(model, PreTrainedModel) or output is None:
+        if evaluate or dry_run or dtype != "auto":
+            raise OptionError("evaluate, dry_run and dtype are for pruning from disk to disk: give a model's name and an output")
+        live = model if isinstance(model, PreTrainedModel) else _load(str(model), request)
+        target = None if output is None else Path(output)
+        report = prune_live(live, request, progress, tokenizer=tokenizer, output=target)
+        return PruneResult(live, target, report)
+
+    def measure(directory: Path) -> dict[str, Any]:
+        host = DiskHost(open_checkpoint(directory), choose_device(device))
+        tokens = _windows(str(evaluate), host, tokenizer or load_tokenizer(directory), seqlen, None)
+        tokens = Tokens(tokens.rows[:EVALUATE_WINDOWS], tokens.source, tokens.available)
+        with tempfile.TemporaryDirectory() as folder:
+            return perplexity(host, tokens, Path(folder), progress)
+
+    report = prune_checkpoint(
+        str(model), Path(output), request, progress, tokenizer=tokenizer, evaluate=measure if evaluate else None,
+        dry_run=dry_run, overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+    return PruneResult(None, None if dry_run else Path(output), report)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    *,
+    text: str = "wikitext2",
+    seqlen: int | None = None,
+    windows: int | None = None,
+    device: str = "auto",
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model's perplexity, one block in memory at a time.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model.
+        text: a SOURCE; of one with splits, its test split.
+        seqlen: tokens of a window; None is min(2048, context).
+        windows: how many windows; None is all.
+        device: where to compute.
+        tokenizer: in place of the model's own.
+        progress: hears of the work.
+
+    Returns:
+        text, seqlen, windows, tokens, available_tokens, loss and perplexity.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    progress = progress or Silent()
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, PreTrainedModel):
+            live = LiveHost(model)
+            tokens = _windows(text, live, tokenizer or load_tokenizer(model.name_or_path), seqlen, windows)
+            with live.borrowed():
+                return perplexity(live, tokens, Path(folder), progress)
+        with _opened(model, device) as host:
+            tokens = _windows(text, host, tokenizer or load_tokenizer(host.checkpoint.directory), seqlen, windows)
+            return perplexity(host, tokens, Path(folder), progress)
+
+
+def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Look at a checkpoint's matrices: shape, sparsity, pattern, format, bytes.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file or ``smollm2``.
+        progress: hears of the work.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    with _opened(model, "cpu") as host:
+        return inspect_matrices(host, progress or Silent())
+
+
+def generate(model: str | Path, prompt: str, *, tokens: int = 40, device: str = "auto") -> str:
+    """Return what a model writes after a prompt, always taking the likeliest token.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file or ``smollm2``.
+        prompt: how the text begins.
+        tokens: how many tokens are added at most.
+        device: where to compute.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = as_checkpoint(locate(str(model)), Path(scratch))
+        return continue_text(directory, prompt, tokens, choose_device(device))
+
+
+@contextmanager
+def _opened(model: str | Path, device: str) -> Iterator[DiskHost]:
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = as_checkpoint(locate(str(model)), Path(scratch))
+        yield DiskHost(open_checkpoint(directory), choose_device(device))
+
+
+def _windows(text: str, host: Host, tokenizer: Any, seqlen: int | None, windows: int | None) -> Tokens:
+    return evaluation_windows(text, tokenizer, host.model.config, seqlen, windows)
+
+
+def _load(model: str, request: Request) -> PreTrainedModel:
+    request.check()
+    with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
+        directory = as_checkpoint(locate(model), Path(scratch))
+        open_checkpoint(directory)
+        device = choose_device(request.device)
+        live: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device)
+        return live

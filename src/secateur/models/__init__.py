@@ -1,0 +1,1 @@
+"""Models: their anatomy, where their blocks come from, and checkpoints as files."""

@@ -1,0 +1,275 @@
+"""A Hugging Face checkpoint as files: safetensors shards, read and written tensor by tensor.
+
+The safetensors library maps whole shards, and mapped pages count as memory; this module reads and writes
+only the bytes of the tensors that are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, OutputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+COPY_BYTES = 8 << 20
+MAX_HEADER_BYTES = 100 << 20
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies: its shard and the bytes in it."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors and the metadata of one safetensors file, every offset checked.
+
+    Raises:
+        ModelError: the file is truncated, or its header does not describe it.
+    """
+
+    def lie(why: str) -> ModelError:
+        return ModelError(f"{path}: not a sound safetensors file ({why}); download or convert the model again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise lie("the header is cut off")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); is the download complete?") from None
+    except ValueError:
+        raise lie("the header is not JSON") from None
+    if not isinstance(header, dict):
+        raise lie("the header is no table")
+    metadata = header.pop("__metadata__", {})
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        try:
+            dtype = DTYPES[entry["dtype"]]
+            shape = tuple(int(n) for n in entry["shape"])
+            begin, end = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise lie(f"tensor {name!r} has an unknown dtype or no shape or offsets") from None
+        if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+            raise lie(f"tensor {name!r} does not have the bytes of its shape")
+        tensors[name] = TensorInfo(path, dtype, shape, 8 + length + begin, 8 + length + end)
+    position = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if info.begin != position:
+            raise lie(f"tensor {name!r} overlaps another or leaves a gap")
+        position = info.end
+    if position != size:
+        raise lie(f"{size - position} bytes too {'many' if size > position else 'few'}")
+    return tensors, metadata
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read one tensor into memory of its own."""
+    if info.begin == info.end:
+        return torch.empty(info.shape, dtype=info.dtype)
+    buffer = bytearray(info.end - info.begin)
+    with info.path.open("rb") as file:
+        file.seek(info.begin)
+        if file.readinto(buffer) != len(buffer):
+            raise ModelError(f"{info.path}: cut off while being read")
+    return torch.frombuffer(buffer, dtype=info.dtype).view(info.shape)
+
+
+class Entry(NamedTuple):
+    """One tensor to be written: its name, dtype and shape, and its bytes in pieces."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[bytes | memoryview]]
+
+
+def tensor_entry(name: str, tensor: Tensor) -> Entry:
+    """An entry for a tensor in memory."""
+    data = tensor.detach().cpu().contiguous()
+
+    def pieces() -> Iterator[memoryview]:
+        if data.numel():
+            yield memoryview(data.view(-1).view(torch.uint8).numpy())
+
+    return Entry(name, data.dtype, tuple(data.shape), pieces)
+
+
+def copied_entry(name: str, info: TensorInfo, dtype: torch.dtype | None = None) -> Entry:
+    """An entry that copies a tensor's bytes from another file, or casts it if it is a float of another dtype."""
+    if dtype is not None and info.dtype.is_floating_point and info.dtype != dtype:
+        return Entry(name, dtype, info.shape, lambda: tensor_entry(name, read_tensor(info).to(dtype)).pieces())
+
+    def pieces() -> Iterator[bytes]:
+        with info.path.open("rb") as file:
+            file.seek(info.begin)
+            left = info.end - info.begin
+            while left:
+                piece = file.read(min(left, COPY_BYTES))
+                if not piece:
+                    raise ModelError(f"{info.path}: cut off while being read")
+                left -= len(piece)
+                yield piece
+
+    return Entry(name, info.dtype, info.shape, pieces)
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, one piece in memory at a time, and flush it to the disk.
+
+    Raises:
+        OutputError: the disk refuses; the half-written file is removed.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    offset = 0
+    for entry in entries:
+        end = offset + math.prod(entry.shape) * entry.dtype.itemsize
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for entry in entries:
+                for piece in entry.pieces():
+                    file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors checkpoint in a directory.
+
+    Attributes:
+        directory: where config, tokenizer and shards lie.
+        tensors: every tensor of the checkpoint, by its name on disk.
+    """
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo]
+
+    @staticmethod
+    def open(directory: Path) -> Checkpoint:
+        """Open a directory and check every shard's header.
+
+        Raises:
+            ModelError: there are no safetensors weights, a shard is missing, or a header is unsound.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shard_names(directory):
+            tensors |= read_header(directory / shard)[0]
+        return Checkpoint(directory, tensors)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor by its name on disk."""
+        return read_tensor(self.tensors[name])
+
+    def shards(self) -> dict[str, list[str]]:
+        """Return each shard's file name with the names of its tensors, in the order of their bytes."""
+        grouped: dict[str, list[str]] = {}
+        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+            grouped.setdefault(info.path.name, []).append(name)
+        return dict(sorted(grouped.items()))
+
+    @property
+    def files(self) -> list[Path]:
+        """Config and shards: what defines the model."""
+        return [self.directory / name for name in ("config.json", *self.shards())]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.end - info.begin for info in self.tensors.values())
+
+
+def digest(paths: Iterable[Path], advance: Callable[[int], object] = lambda done: None) -> str:
+    """Return the SHA-256 of the files' bytes, one after the other; `advance` hears of the bytes read."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(COPY_BYTES):
+                sha.update(piece)
+                advance(len(piece))
+    return sha.hexdigest()
+
+
+def shard_names(directory: Path) -> list[str]:
+    """Return the file names of a directory's safetensors shards.
+
+    Raises:
+        ModelError: there are none, one is missing, or the index names a file outside the directory.
+    """
+    index = directory / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ModelError(f"{index}: not an index of shards; download the model again") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+                raise ModelError(f"{index}: names a file outside the model's directory: {name!r}")
+            if not (directory / name).exists():
+                raise ModelError(f"{directory}: shard {name} is missing; download the model again")
+        if names:
+            return names
+    if (directory / SINGLE).exists():
+        return [SINGLE]
+    if any(directory.glob("pytorch_model*.bin")):
+        raise ModelError(
+            f"{directory}: only pickled weights (pytorch_model.bin), which Secateur does not open; load the model with "
+            "transformers and save_pretrained it once"
+        )
+    raise ModelError(f"{directory}: no safetensors weights (model.safetensors or an index of shards)")
+
+
+def index_of(shards: Mapping[str, Iterable[tuple[str, int]]]) -> str:
+    """Return the text of an index for shards of (tensor name, bytes)."""
+    weight_map = {name: shard for shard, tensors in shards.items() for name, _ in tensors}
+    total = sum(size for tensors in shards.values() for _, size in tensors)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)

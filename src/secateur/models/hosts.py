@@ -1,0 +1,226 @@
+"""Where a model's blocks come from: a checkpoint on disk, one block at a time, or a model in memory.
+
+Both hosts offer the same to the loop: a skeleton, and `block(i)`, a context that yields block i resident in
+the computing dtype. All that uses transformers' internals for loading and key conversion is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import ModelError
+from .anatomy import Matrix, Skeleton, matrices
+from .checkpoint import Checkpoint
+from .source import quiet_transformers
+
+class Host(Protocol):
+    """A model whose blocks can be made resident one at a time."""
+
+    model: PreTrainedModel
+    skeleton: Skeleton
+    device: torch.device
+
+    def block(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Yield block `index`, resident."""
+
+    def written_dtype(self, matrix: Matrix) -> torch.dtype:
+        """The dtype in which a matrix's new weights are kept."""
+
+
+def computing_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype a resident block computes in: float32, but on a GPU the checkpoint's own."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+class DiskHost:
+    """A checkpoint on disk: the skeleton is in memory, a block only while it is used."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Open a checkpoint.
+
+        Args:
+            checkpoint: the files.
+            device: where blocks compute.
+            dtype: of floating tensors in the output; None keeps the source's.
+
+        Raises:
+            ModelError: the config is no decoder's, or embeddings, norms or head are missing.
+        """
+        from accelerate import init_empty_weights
+
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        config = AutoConfig.from_pretrained(checkpoint.directory)
+        source = next((i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point), torch.float32)
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=computing_dtype(device, source)
+            )
+        self.model.eval().requires_grad_(False)
+        self.skeleton = Skeleton(self.model)
+        self.names: dict[int | None, list[str]] = {None: []}
+        self.names_of: dict[str, list[str]] = {}
+        self._sort_names()
+        self._load(self.names[None])
+        self.model.tie_weights()
+        self._refuse_missing(
+            {name: p for name, p in self.model.named_parameters() if not name.startswith(self.skeleton.path + ".")}
+        )
+        for tensor in own_tensors(self.skeleton.outside):
+            tensor.data = tensor.data.to(device)
+
+    def _sort_names(self) -> None:
+        """Group the checkpoint's names by the block (None: no block) and by the parameter they are loaded into."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        state = self.model.state_dict()
+        prefix = self.skeleton.path + "."
+        for name in self.checkpoint.tensors:
+            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            if target not in state and name in state:
+                target = name
+            index = target[len(prefix) :].split(".")[0] if target.startswith(prefix) else ""
+            self.names.setdefault(int(index) if index.isdigit() else None, []).append(name)
+            self.names_of.setdefault(target, []).append(name)
+
+    def _load(self, names: list[str], written: Mapping[str, Tensor] | None = None) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        written = written or {}
+        state = {name: written[name] if name in written else self.checkpoint.read(name) for name in names}
+        settings = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(self.model))
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, settings, None)
+        if info.mismatched_keys or info.conversion_errors:
+            what = next(iter(info.mismatched_keys or info.conversion_errors))
+            name = what[0] if isinstance(what, tuple) else what
+            raise ModelError(f"{self.checkpoint.directory}: tensor {name} does not have the shape that config.json implies")
+
+    def _refuse_missing(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        missing = [name for name, parameter in parameters.items() if parameter.device.type == "meta"]
+        if missing:
+            raise ModelError(
+                f"{self.checkpoint.directory}: the checkpoint has no {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; is it complete?"
+            )
+
+    @contextmanager
+    def block(self, index: int, written: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Yield block `index` with its weights, `written` ones (by name on disk) in place of the source's."""
+        with self.skeleton.in_place(index) as block:
+            self._load(self.names.get(index, []), written)
+            prefix = f"{self.skeleton.path}.{index}."
+            self._refuse_missing({prefix + name: p for name, p in block.named_parameters()})
+            block.requires_grad_(False).to(self.device)
+        try:
+            yield block
+        finally:
+            _drop_weights(block)
+
+    def written_dtype(self, matrix: Matrix) -> torch.dtype:
+        """The dtype in which a matrix is written."""
+        return self.dtype or self.checkpoint.tensors[self.names_of[matrix.parameter][0]].dtype
+
+    def on_disk(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return changed parameters of the block loaded last (names in memory) under their names on disk.
+
+        Raises:
+            ModelError: a name does not come back.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        back: dict[str, Tensor] = revert_weight_conversion(self.model, dict(changed))
+        for name, tensor in back.items():
+            info = self.checkpoint.tensors.get(name)
+            if info is None or info.shape != tuple(tensor.shape):
+                raise ModelError(f"{name}: transformers does not give back the checkpoint's own names and shapes")
+        return back
+
+
+def _drop_weights(block: nn.Module) -> None:
+    for module in block.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+class LiveHost:
+    """A model in memory, pruned in place. It leaves as it came: same parameters, dtypes, devices and modes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.skeleton = Skeleton(model)
+        self.device = next(model.parameters()).device
+        self._dtype = computing_dtype(self.device, next(model.parameters()).dtype)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Put the model into evaluation mode, and its skeleton into the computing dtype, for a while."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with resident(self.skeleton.outside, self._dtype), torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Yield block `index` in the computing dtype."""
+        block = self.skeleton.real[index]
+        try:
+            with resident(block.modules(), self._dtype):
+                yield block
+        finally:
+            for parameter in block.parameters():
+                parameter.__dict__.pop("changed", None)
+
+    def written_dtype(self, matrix: Matrix) -> torch.dtype:
+        """The dtype in which a matrix is kept."""
+        dtype: torch.dtype = getattr(matrix.module.weight, "own_dtype", matrix.module.weight.dtype)
+        return dtype
+
+
+def own_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters and buffers that the modules hold themselves."""
+    for module in modules:
+        yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+
+
+@contextmanager
+def resident(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Hold floating parameters and buffers of modules in `dtype` for a while.
+
+    Afterwards each tensor is its former self again; a parameter marked `changed` gets its new value first.
+    """
+    former: list[tuple[Tensor, Tensor]] = []
+    for tensor in own_tensors(modules):
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            former.append((tensor, tensor.data))
+            tensor.own_dtype = tensor.dtype  # type: ignore[attr-defined]
+            tensor.data = tensor.data.to(dtype)
+    try:
+        yield
+    finally:
+        for tensor, data in reversed(former):
+            if tensor.__dict__.pop("changed", False):
+                data.copy_(tensor.data)
+            tensor.data = data
+            del tensor.own_dtype  # type: ignore[attr-defined]
+
+
+def block_matrices(host: Host, index: int) -> dict[str, Matrix]:
+    """Return the matrices of block `index`, resident or not."""
+    return matrices(host.skeleton.real[index], f"{host.skeleton.path}.{index}")

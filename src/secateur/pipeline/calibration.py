@@ -1,0 +1,249 @@
+"""Texts -> rows of tokens: random crops for calibration, non-overlapping windows for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, OptionError
+from .sources import Corpus, from_records, read_source
+
+log = logging.getLogger("secateur")
+
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQLEN = 2048
+FEW_TOKENS = 8192
+CHARACTERS_PER_TOKEN = 8  # generous, for sources that are read only as far as needed
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of token ids, each a LongTensor [T] of its own length, and where they come from.
+
+    Attributes:
+        rows: the rows.
+        source: name and split of the text.
+        available: tokens that the whole source has, of which the rows are a part.
+    """
+
+    rows: list[Tensor]
+    source: str
+    available: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row) for row in self.rows)
+
+    @property
+    def seqlen(self) -> int:
+        """Length of the longest row."""
+        return max(len(row) for row in self.rows)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rows."""
+        sha = hashlib.sha256()
+        for row in self.rows:
+            sha.update(len(row).to_bytes(8, "little") + row.numpy().tobytes())
+        return sha.hexdigest()
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence that the model's config admits; None if it names none."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(value := getattr(text, name, None), int):
+            return value
+    return None
+
+
+def choose_seqlen(seqlen: int | None, config: Any) -> int:
+    """Return `seqlen`, or min(2048, context).
+
+    Raises:
+        OptionError: it is longer than the model's context, or too short to predict anything.
+    """
+    context = context_length(config)
+    if seqlen is None:
+        return min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
+    if seqlen < 2:
+        raise OptionError(f"seqlen {seqlen}: a sequence has at least 2 tokens")
+    if context is not None and seqlen > context:
+        raise OptionError(f"seqlen {seqlen} is longer than the model's context of {context} tokens")
+    return seqlen
+
+
+def calibration_tokens(
+    calibration: Any, tokenizer: Any, config: Any, samples: int | None, seqlen: int | None, seed: int
+) -> Tokens:
+    """Return the calibration rows for a source's name or for texts, rows or a batch given in Python.
+
+    Args:
+        calibration: a SOURCE (str); a LongTensor [samples, seqlen]; an iterable of strings, each a sequence of
+            its own length; a `datasets.Dataset` or records {"text"}, {"messages"}, {"input_ids"}; a tokenizer's
+            batch, whose padded positions are left out.
+        tokenizer: needed unless the rows are token ids.
+        config: the model's config, for context and vocabulary.
+        samples: how many rows; None takes 128, or as many as there are.
+        seqlen: tokens of a crop; None takes min(2048, context).
+        seed: of the crops' random starts.
+
+    Raises:
+        DataError: no usable text, or too little of it.
+        OptionError: `samples` or `seqlen` cannot be met.
+    """
+    if samples is not None and samples < 1:
+        raise OptionError(f"samples {samples}: at least 1 is needed")
+    wanted = samples or DEFAULT_SAMPLES
+    length = choose_seqlen(seqlen, config)
+    given = _given(calibration, tokenizer, seqlen or context_length(config))
+    if given is None:
+        if isinstance(calibration, str):
+            corpus = read_source(calibration, "train", characters=wanted * length * CHARACTERS_PER_TOKEN)
+        else:
+            corpus = from_records(calibration, "the given records")
+        if corpus.rows is None:
+            return _crops(corpus, tokenizer, wanted, samples is not None, length, seed)
+        given = corpus.name, [torch.tensor(row, dtype=torch.long) for row in corpus.rows]
+    name, rows = given
+    rows = [row for row in rows if len(row)]
+    if not rows:
+        raise DataError(f"{name}: holds no tokens")
+    available = sum(len(row) for row in rows)
+    if len(rows) < wanted:
+        _few(name, len(rows), wanted, samples is not None, "sequences")
+    tokens = Tokens(rows[:wanted], name, available)
+    _check_rows(tokens, config)
+    if tokens.tokens < FEW_TOKENS:
+        log.warning("calibration: %d tokens in %d sequences are enough to try, too few to trust", tokens.tokens, len(tokens.rows))
+    return tokens
+
+
+def evaluation_windows(source: str, tokenizer: Any, config: Any, seqlen: int | None, windows: int | None) -> Tokens:
+    """Return the first `windows` (None: all) non-overlapping windows of `seqlen` tokens of a source.
+
+    Raises:
+        DataError: the text is shorter than one window.
+        OptionError: an option cannot be met.
+    """
+    if windows is not None and windows < 1:
+        raise OptionError(f"windows {windows}: at least 1 is needed")
+    corpus = read_source(source, "test", characters=None)
+    if corpus.rows is not None:
+        rows = [torch.tensor(row, dtype=torch.long) for row in corpus.rows if len(row) > 1]
+        tokens = Tokens(rows[:windows], corpus.name, sum(map(len, rows)))
+        _check_rows(tokens, config)
+        return tokens
+    length = choose_seqlen(seqlen, config)
+    ids = _tokenise(corpus, tokenizer)
+    whole = len(ids) // length
+    if whole < 1:
+        raise DataError(f"{corpus.name}: {len(ids)} tokens are less than one window of {length}; use a shorter --seqlen")
+    if windows is not None and windows > whole:
+        raise OptionError(f"windows {windows}: {corpus.name} has {whole} windows of {length} tokens")
+    count = windows or whole
+    return Tokens(list(ids[: count * length].view(count, length)), corpus.name, len(ids))
+
+
+def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, list[Tensor]] | None:
+    """Rows for what Python code may hand over as it is; None for sources and records."""
+    if isinstance(calibration, str):
+        return None
+    if isinstance(calibration, Tensor):
+        if calibration.ndim != 2 or calibration.dtype.is_floating_point:
+            raise DataError(f"calibration: a tensor must be integer ids [samples, seqlen], not {list(calibration.shape)}")
+        return "the given tensor", list(calibration.long().cpu())
+    if isinstance(calibration, Mapping) and "input_ids" in calibration:
+        ids = calibration["input_ids"]
+        if not isinstance(ids, Tensor):
+            ids = [torch.tensor(row, dtype=torch.long) for row in ids]
+        mask = calibration.get("attention_mask")
+        if mask is None:
+            return "the given batch", [row.long().cpu() for row in ids]
+        kept = [row[torch.as_tensor(m).bool()] for row, m in zip(ids, mask, strict=True)]
+        return "the given batch", [row.long().cpu() for row in kept]
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise DataError(f"calibration: cannot use a {type(calibration).__name__}; give a source's name, strings or token ids")
+    peek = calibration if isinstance(calibration, (list, tuple)) else None
+    if peek is None:
+        if hasattr(calibration, "column_names"):
+            return None
+        peek = list(islice(calibration, DEFAULT_SAMPLES * 16))
+    if not peek:
+        raise DataError("calibration: is empty")
+    if all(isinstance(item, str) for item in peek):
+        tokenizer = _need(tokenizer, "the given strings")
+        ids = [torch.tensor(_encode(tokenizer, text), dtype=torch.long) for text in peek]
+        return "the given strings", [row[:longest] for row in ids]
+    if all(isinstance(item, Tensor) for item in peek):
+        return "the given tensors", [item.reshape(-1).long().cpu() for item in peek]
+    if peek is calibration:
+        return None
+    raise DataError("calibration: the items are neither strings nor tensors; give records as a list")
+
+
+def _crops(corpus: Corpus, tokenizer: Any, wanted: int, explicit: bool, length: int, seed: int) -> Tokens:
+    ids = _tokenise(corpus, tokenizer)
+    available = len(ids) // length
+    if available < 1:
+        raise DataError(
+            f"{corpus.name}: {len(ids)} tokens are less than one sequence of {length}; use more text or a shorter --seqlen"
+        )
+    if available < wanted:
+        _few(corpus.name, available, wanted, explicit, f"sequences of {length} tokens")
+        wanted = available
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(ids) - length + 1, (wanted,), generator=generator)
+    return Tokens([ids[start : start + length].clone() for start in starts.tolist()], corpus.name, len(ids))
+
+
+def _few(name: str, available: int, wanted: int, explicit: bool, what: str) -> None:
+    if explicit:
+        raise OptionError(f"samples {wanted}: {name} has {available} {what}")
+    log.info("calibration: %s has %d %s, fewer than the usual %d", name, available, what, wanted)
+
+
+def _check_rows(tokens: Tokens, config: Any) -> None:
+    if not tokens.rows:
+        raise DataError(f"{tokens.source}: holds no rows of at least 2 tokens")
+    context, vocabulary = context_length(config), config.get_text_config().vocab_size
+    for number, row in enumerate(tokens.rows, 1):
+        if context is not None and len(row) > context:
+            raise DataError(f"{tokens.source}: row {number} has {len(row)} tokens, the model's context has {context}")
+        if int(row.max()) >= vocabulary or int(row.min()) < 0:
+            raise DataError(
+                f"{tokens.source}: row {number} has a token id outside the model's vocabulary of {vocabulary}; "
+                "was it made by another tokenizer?"
+            )
+
+
+def _tokenise(corpus: Corpus, tokenizer: Any) -> Tensor:
+    """Join all texts by blank lines and tokenise them once."""
+    tokenizer = _need(tokenizer, corpus.name)
+    texts = corpus.texts or []
+    chats = [not isinstance(text, str) for text in texts]
+    if any(chats):
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(f"{corpus.name}: has chats, and the model's tokenizer has no chat template")
+        texts = [t if isinstance(t, str) else tokenizer.apply_chat_template(t, tokenize=False) for t in texts]
+    ids = _encode(tokenizer, "\n\n".join(texts), special=not all(chats))
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def _need(tokenizer: Any, what: str) -> Any:
+    if tokenizer is None:
+        raise DataError(f"{what}: text needs a tokenizer and the model has none; give one, or rows of input_ids")
+    return tokenizer

@@ -1,0 +1,57 @@
+"""Facts about the machine and its software that evidence records."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident memory of this process so far, mapped pages included; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def boot_id() -> str | None:
+    """What names this boot of the machine: after another, unflushed files cannot be trusted."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def software() -> dict[str, Any]:
+    """Versions of what computes, and the kind of machine."""
+    import transformers
+
+    from .._version import __version__
+
+    return {
+        "secateur": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is the first GPU, else the CPU."""
+    from ..errors import OptionError
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise OptionError(f"device {device!r}: not on this machine; use auto or cpu") from None
+    return chosen

@@ -1,0 +1,301 @@
+"""Pruning from disk to disk, and of a model in memory: the same loop between two ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..errors import OutputError, ResumeError, SecateurError
+from ..models.checkpoint import Checkpoint, digest
+from ..models.hosts import DiskHost, LiveHost
+from ..models.source import as_checkpoint, locate, open_checkpoint
+from ..progress import Progress
+from .calibration import Tokens, calibration_tokens
+from .estimate import estimate
+from .machine import choose_device, peak_memory_bytes
+from .output import check_output, copy_small_files, make_report, write_checkpoint
+from .plan import Plan, Request, announce, make_plan, written_dtype
+from .run_directory import REPORT, DiskRun, RunDirectory, check_room, differences, report_of, write_text
+from .stream import Stream, prune_blocks
+
+log = logging.getLogger("secateur")
+
+Evaluate = Callable[[Path], dict[str, Any]]
+
+
+def prune_checkpoint(
+    model: str,
+    output: Path,
+    request: Request,
+    progress: Progress,
+    *,
+    tokenizer: Any = None,
+    evaluate: Evaluate | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Prune a checkpoint into a new one, one block in memory at a time; go on where a killed run stopped.
+
+    Args:
+        model: MODEL as the user names it.
+        output: directory of the new checkpoint.
+        request: the options.
+        progress: hears of the work.
+        tokenizer: in place of the model's own.
+        evaluate: measures a checkpoint's directory; called before and after.
+        dry_run: plan only, write nothing, and return the plan with estimates.
+        overwrite: replace a result of ours.
+        resume: go on with an earlier run.
+
+    Returns:
+        The report, equal to ``secateur.json``.
+    """
+    request.check()
+    path = locate(model)
+    check_output(output, path, overwrite)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as scratch, _threads(request.threads):
+            host, tokens, plan, _ = _prepare(model, path, Path(scratch), request, progress, tokenizer)
+            return {**plan.record, **estimate(plan, host, tokens)}
+    run = RunDirectory(output, resume)
+    try:
+        with _threads(request.threads):
+            host, tokens, plan, source = _prepare(model, path, run.path, request, progress, tokenizer)
+            finished = report_of(output) if output.exists() else None
+            if finished is not None and not overwrite:
+                _same_or_refused(output, finished, plan)
+                log.info("%s: holds the finished result of this plan already; nothing to do", output)
+                run.forget()
+                return finished
+            run.begin(plan.record)
+            announce(plan)
+            return _run(run, host, source, tokens, plan, path, progress, evaluate)
+    finally:
+        run.close()
+
+
+def _prepare(
+    model: str, path: Path, scratch: Path, request: Request, progress: Progress, tokenizer: Any
+) -> tuple[DiskHost, Tokens | None, Plan, Checkpoint]:
+    dtype = written_dtype(request.dtype)
+    source = open_checkpoint(as_checkpoint(path, scratch, dtype))
+    host = DiskHost(source, choose_device(request.device), dtype)
+    tokens = None
+    if request.parsed_method.needs:
+        tokenizer = tokenizer or load_tokenizer(source.directory)
+        tokens = calibration_tokens(
+            request.calibration, tokenizer, host.model.config, request.samples, request.seqlen, request.seed
+        )
+    files = source.files if path.is_dir() else [path]
+    progress.start("reading the model", sum(file.stat().st_size for file in files))
+    facts = {"name": model, "digest": digest(files, progress.advance)}
+    progress.finish()
+    return host, tokens, make_plan(request, host, facts, tokens), source
+
+
+def _same_or_refused(output: Path, finished: Mapping[str, Any], plan: Plan) -> None:
+    differing = differences(finished.get("plan", {}), plan.record)
+    if differing:
+        raise OutputError(
+            f"{output}: holds the result of a plan with {differing[0]}; choose another OUTPUT, or --overwrite it"
+        )
+
+
+def _run(
+    run: RunDirectory,
+    host: DiskHost,
+    source: Checkpoint,
+    tokens: Tokens | None,
+    plan: Plan,
+    path: Path,
+    progress: Progress,
+    evaluate: Evaluate | None,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    needed = estimate(plan, host, tokens)["estimate"]["disk_bytes"]
+    check_room(run.path, 0 if run.blocks else needed, "this run")
+    before = _evaluated(run, "before", source.directory, evaluate)
+    results = DiskRun(run, host)
+    if results.done:
+        log.info("going on from block %d of %d", results.done + 1, len(host.skeleton.real))
+    if results.done < len(host.skeleton.real):
+        stream = _stream(run, host, results, tokens, plan, progress) if tokens else None
+        prune_blocks(host, plan.job, stream, results, progress)
+        if stream:
+            stream.close()
+    target = run.path / "output"
+    write_checkpoint(source, [run.block_tensors(i) for i in range(results.done)], target, host.dtype, progress)
+    after = _evaluated(run, "after", target, evaluate)
+    report = make_report(
+        plan,
+        run.blocks,
+        seconds={"pruning": sum(b["seconds"] for b in run.blocks), "this_process": time.perf_counter() - started},
+        peak_memory_bytes=peak_memory_bytes(),
+        bytes=_bytes(path, source, target),
+        evaluation={"before": before, "after": after} if after else None,
+    )
+    write_text(target / REPORT, json.dumps(report, indent=1))
+    run.install()
+    return report
+
+
+def _bytes(source: Path, checkpoint: Checkpoint, target: Path) -> dict[str, int]:
+    files = checkpoint.files if source.is_dir() else [source]
+    return {
+        "source_files": sum(file.stat().st_size for file in files),
+        "dense_16_bit": sum(2 * i.weights for i in checkpoint.tensors.values() if i.dtype.is_floating_point),
+        "output": Checkpoint.open(target).bytes,
+    }
+
+
+def _evaluated(run: RunDirectory, when: str, directory: Path, evaluate: Evaluate | None) -> dict[str, Any] | None:
+    if evaluate is None:
+        return None
+    for line in run.journal:
+        if line.get("evaluated") == when:
+            result: dict[str, Any] = line["result"]
+            return result
+    result = evaluate(directory)
+    run.note({"evaluated": when, "result": result})
+    return result
+
+
+def _stream(
+    run: RunDirectory, host: DiskHost, results: DiskRun, tokens: Tokens, plan: Plan, progress: Progress
+) -> Stream:
+    """The calibration tokens, at the first unfinished block."""
+    done = results.done
+    if run.hidden_is_sound or not done:
+        return Stream(host, tokens.rows, run.path / "hidden", first=done)
+    stream = Stream(host, tokens.rows, run.path / "hidden")
+    progress.start("repeating hidden states", done * len(stream.batches))
+    for index in range(done):
+        written = results.written(index) if plan.job.propagate == "block" else None
+        with host.block(index, written) as block:
+            stream.forward(index, block, progress)
+    progress.finish()
+    return stream
+
+
+class LiveRun:
+    """The results of a model in memory: its new weights are in it already."""
+
+    def __init__(self) -> None:
+        self.blocks: list[dict[str, Any]] = []
+
+    @property
+    def done(self) -> int:
+        """How many blocks are finished."""
+        return len(self.blocks)
+
+    def keep(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        """The loop writes new weights into the resident block, which is the model's own."""
+
+    def finish(self, index: int, record: dict[str, Any]) -> None:
+        """Note that a block is finished."""
+        self.blocks.append(record)
+
+
+def prune_live(
+    model: PreTrainedModel, request: Request, progress: Progress, *, tokenizer: Any = None, output: Path | None = None
+) -> dict[str, Any]:
+    """Prune a model in memory, in place; it leaves as it came but for its zeros.
+
+    Args:
+        model: the model.
+        request: the options; dtype and device are the model's own.
+        progress: hears of the work.
+        tokenizer: in place of that of ``model.name_or_path``.
+        output: where to save the result too.
+
+    Returns:
+        The report.
+
+    Raises:
+        SecateurError: whatever went wrong; the message names the blocks that were pruned before it.
+    """
+    request.check()
+    if output is not None:
+        check_output(output, Path(model.name_or_path or "."), overwrite=False)
+        if output.exists() and any(output.iterdir()):
+            raise OutputError(f"{output}: is not empty; choose another directory")
+    started = time.perf_counter()
+    host, results = LiveHost(model), LiveRun()
+    try:
+        with _threads(request.threads), host.borrowed(), tempfile.TemporaryDirectory() as folder:
+            tokens = None
+            if request.parsed_method.needs:
+                tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+                tokens = calibration_tokens(
+                    request.calibration, tokenizer, model.config, request.samples, request.seqlen, request.seed
+                )
+            plan = make_plan(request, host, {"name": model.name_or_path, "digest": None}, tokens)
+            announce(plan)
+            stream = Stream(host, tokens.rows, Path(folder)) if tokens else None
+            prune_blocks(host, plan.job, stream, results, progress)
+    except SecateurError as error:
+        if results.done:
+            raise type(error)(f"{error} (blocks 0 to {results.done - 1} are already pruned)") from error
+        raise
+    report = make_report(
+        plan,
+        results.blocks,
+        seconds={"pruning": sum(b["seconds"] for b in results.blocks), "this_process": time.perf_counter() - started},
+        peak_memory_bytes=peak_memory_bytes(),
+        bytes=None,
+        evaluation=None,
+    )
+    if output is not None:
+        _save_live(model, tokenizer, output, report)
+    return report
+
+
+def _save_live(model: PreTrainedModel, tokenizer: Any, output: Path, report: Mapping[str, Any]) -> None:
+    run = RunDirectory(output)
+    try:
+        if run.blocks:
+            raise ResumeError(f"{run.path}: holds another unfinished run; finish or remove it first")
+        target = run.path / "output"
+        model.save_pretrained(target)
+        tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        elif Path(model.name_or_path).is_dir():
+            copy_small_files(Path(model.name_or_path), target)
+        write_text(target / REPORT, json.dumps(report, indent=1))
+        run.install()
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror})") from error
+    finally:
+        run.close()
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """Return the tokenizer of a model's directory or hub id, or None if it has none."""
+    if not str(model):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    former = torch.get_num_threads()
+    torch.set_num_threads(count or former)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)

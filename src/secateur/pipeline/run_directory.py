@@ -1,0 +1,262 @@
+"""The run directory ``OUTPUT.secateur/``: everything that a run needs to go on after it was killed.
+
+    plan.json        what the run does, frozen
+    journal.jsonl    one line for every finished block, and for evaluations
+    blocks/          the new tensors of each finished block
+    hidden/          hidden states on their way
+    source-*/        a GGUF model, dequantised
+    output/          the checkpoint while it is being written
+    former/          a result that --overwrite replaces, until its successor is in place
+    lock             held while a process works here; dies with it
+
+Every file but the journal and the hidden states is written beside its place and renamed into it. A block is
+finished when the journal says so, which is after its output lies in `hidden/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from ..errors import OutputError, ResumeError
+from ..models.checkpoint import TensorInfo, read_header, read_tensor, tensor_entry, write_safetensors
+from ..models.hosts import DiskHost, block_matrices
+from .machine import boot_id
+
+REPORT = "secateur.json"
+
+# Entries of the plan that do not change the result.
+COMMENTS = frozenset({"evaluate", "software"})
+
+
+class RunDirectory:
+    """Owns the run directory of one output, and its lock."""
+
+    def __init__(self, output: Path, resume: bool = True) -> None:
+        """Open or create the run directory of `output`.
+
+        Args:
+            output: the directory that the run is to make.
+            resume: go on with what an earlier run left; otherwise begin anew.
+
+        Raises:
+            OutputError: another process works on this output, or the directory cannot be made.
+        """
+        self.output = output
+        self.path = output.with_name(output.name + ".secateur")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / "lock", timeout=0)
+            self._lock.acquire()
+        except Timeout:
+            raise OutputError(f"{output}: another process is working on it; wait for it or choose another OUTPUT") from None
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be made ({error.strerror})") from None
+        if (self.path / "former").exists() and not output.exists():  # killed between the two renames of install
+            os.replace(self.path / "former", output)
+        if not resume:
+            self._empty()
+        self.journal = self._read_journal()
+
+    def _empty(self) -> None:
+        for child in self.path.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child)
+            elif child.name != "lock":
+                child.unlink()
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        path = self.path / "journal.jsonl"
+        if not path.exists():
+            return lines
+        whole = b""
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break  # torn by a kill while it was written
+            whole += line
+            lines.append(json.loads(line))
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+        return lines
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Append a line to the journal, and see it on the disk."""
+        event = {**event, "boot": boot_id()}
+        try:
+            with (self.path / "journal.jsonl").open("ab") as file:
+                file.write(json.dumps(event).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path}: the journal cannot be written ({error.strerror})") from error
+        self.journal.append(event)
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Freeze the plan, or check that it is the one that an earlier run froze.
+
+        Raises:
+            ResumeError: an option that changes the result differs.
+        """
+        path = self.path / "plan.json"
+        differing = differences(json.loads(path.read_text()), plan) if path.exists() else []
+        if differing and self.blocks:
+            raise ResumeError(
+                f"{self.path}: holds an unfinished run with {differing[0]}; "
+                "use the former options to go on, or --no-resume to begin anew"
+            )
+        if differing:
+            (self.path / "journal.jsonl").unlink(missing_ok=True)
+            self.journal.clear()
+        if differing or not path.exists():
+            write_text(path, json.dumps(plan, indent=2))
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """The records of the finished blocks, in order."""
+        return [line for line in self.journal if "block" in line]
+
+    @property
+    def hidden_is_sound(self) -> bool:
+        """Whether the hidden states of the last finished block were written since the machine was last started."""
+        return bool(self.blocks) and boot_id() is not None and self.blocks[-1]["boot"] == boot_id()
+
+    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a block's new tensors, by their names on disk."""
+        folder = self.path / "blocks"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{index:04d}.safetensors"
+        part = path.with_suffix(".part")
+        write_safetensors(part, [tensor_entry(name, tensor) for name, tensor in tensors.items()])
+        os.replace(part, path)
+
+    def block_tensors(self, index: int) -> dict[str, TensorInfo]:
+        """Return where the new tensors of a finished block lie."""
+        return read_header(self.path / "blocks" / f"{index:04d}.safetensors")[0]
+
+    def install(self) -> None:
+        """Rename what was written to ``output/`` to its final place, and remove the run directory.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        try:
+            if self.output.exists():
+                if any(self.output.iterdir()):
+                    os.replace(self.output, self.path / "former")
+                else:
+                    self.output.rmdir()
+            os.replace(self.path / "output", self.output)
+        except OSError as error:
+            raise OutputError(f"{self.output}: cannot be put in place ({error.strerror}); it lies in {self.path}") from error
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove the run directory and give up its lock."""
+        self._empty()
+        self.release()
+        (self.path / "lock").unlink(missing_ok=True)
+        self.path.rmdir()
+
+    def release(self) -> None:
+        """Give up the lock."""
+        self._lock.release()
+
+    def close(self) -> None:
+        """Leave: keep what a later run can use, remove a directory in which no block was finished."""
+        if self._lock.is_locked:
+            if self.blocks:
+                self.release()
+            else:
+                self.forget()
+
+
+class DiskRun:
+    """The loop's results on their way into a run directory."""
+
+    def __init__(self, directory: RunDirectory, host: DiskHost) -> None:
+        self.directory, self.host = directory, host
+
+    @property
+    def done(self) -> int:
+        """How many blocks are finished."""
+        return len(self.directory.blocks)
+
+    def keep(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        """Write a block's new weights [out, in] under their names on disk."""
+        matrices = block_matrices(self.host, index)
+        changed = {
+            matrices[name].parameter: (W.T.contiguous() if matrices[name].transposed else W)
+            for name, W in weights.items()
+        }
+        self.directory.write_block(index, self.host.on_disk(changed) if changed else {})
+
+    def finish(self, index: int, record: dict[str, Any]) -> None:
+        """Note that a block is finished."""
+        self.directory.note(record)
+
+    def written(self, index: int) -> dict[str, Tensor]:
+        """Read a finished block's new tensors, by their names on disk."""
+        return {name: read_tensor(info) for name, info in self.directory.block_tensors(index).items()}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Name what differs between two plans, of all that changes the result: option, old and new value."""
+    found = []
+    for key in sorted((old.keys() | new.keys()) - COMMENTS):
+        before, now = old.get(key), json.loads(json.dumps(new.get(key)))
+        if before != now:
+            if isinstance(before, dict) and isinstance(now, dict):
+                inner = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+                found.append(f"{key} {inner[0]} {before.get(inner[0])!r}, not {now.get(inner[0])!r}")
+            else:
+                found.append(f"{key} {before!r}, not {now!r}")
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise OutputError if the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{folder}: {what} takes {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free; make room or "
+            "choose an OUTPUT on another disk"
+        )
+
+
+def report_of(output: Path) -> dict[str, Any] | None:
+    """Return the report that a finished output holds, or None if it is not one of ours."""
+    path = output / REPORT
+    if not path.is_file():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return report
+
+

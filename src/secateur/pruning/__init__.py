@@ -1,0 +1,36 @@
+"""The mathematics of pruning: pure functions of one matrix. Imports torch only."""
+
+from .allocation import MatrixInfo, Target, allocate, mean_sparsity
+from .methods import METHODS, Method, method_options, one_shot, parse_method
+from .patterns import NM, Block, Matrix, Pattern, Row, detect_pattern, parse_pattern
+from .scores import magnitude, ria, wanda
+from .sparsegpt import sparsegpt
+from .statistics import GRAM, SUM, SUMSQ, Accumulator, Statistics
+
+__all__ = [
+    "GRAM",
+    "METHODS",
+    "NM",
+    "SUM",
+    "SUMSQ",
+    "Accumulator",
+    "Block",
+    "Matrix",
+    "MatrixInfo",
+    "Method",
+    "Pattern",
+    "Row",
+    "Statistics",
+    "Target",
+    "allocate",
+    "detect_pattern",
+    "magnitude",
+    "mean_sparsity",
+    "method_options",
+    "one_shot",
+    "parse_method",
+    "parse_pattern",
+    "ria",
+    "sparsegpt",
+    "wanda",
+]

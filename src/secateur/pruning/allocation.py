@@ -1,0 +1,130 @@
+"""Allocations: which sparsity or pattern each matrix gets.
+
+Rules map a block (``0``, ``layer.0``, ``layers.0``) or a regular expression, which must match a matrix's
+whole name, to a sparsity (0 leaves it dense) or to an N:M pattern. The first rule that matches wins; what
+no rule matches takes the default.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import OptionError, nearest
+from .patterns import NM, Pattern, parse_pattern
+
+Rule = float | str
+Rules = Mapping[str, Rule] | Sequence[float]
+
+
+class MatrixInfo(NamedTuple):
+    """What an allocation may know of a matrix: its whole name, its block's index, its weights."""
+
+    name: str
+    block: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one matrix is pruned to. Sparsity 0 leaves it dense."""
+
+    sparsity: float
+    pattern: Pattern
+
+
+def check_sparsity(sparsity: float, where: str) -> float:
+    """Return `sparsity` as a float in [0, 1).
+
+    Raises:
+        OptionError: it is no such number.
+    """
+    try:
+        value = float(sparsity)
+    except (TypeError, ValueError):
+        raise OptionError(f"{where}: sparsity must be a number, not {sparsity!r}") from None
+    if math.isnan(value) or not 0 <= value < 1:
+        hint = f"; for {value:g} percent write {value / 100:g}" if 1 < value < 100 else ""
+        raise OptionError(f"{where}: sparsity is the fraction removed, at least 0 and below 1, not {value:g}{hint}")
+    return value
+
+
+def default_target(sparsity: float | None, pattern: Pattern) -> Target:
+    """Return the target of matrices that no rule names: 0.5, or what an N:M pattern implies.
+
+    Raises:
+        OptionError: both are given and contradict each other.
+    """
+    fixed = pattern.fixed_sparsity
+    if sparsity is None:
+        return Target(0.5 if fixed is None else fixed, pattern)
+    value = check_sparsity(sparsity, "sparsity")
+    if fixed is not None and abs(value - fixed) > 1e-6:
+        raise OptionError(f"pattern {pattern} is a sparsity of {fixed:g}, but sparsity {value:g} was given; leave one out")
+    return Target(value if fixed is None else fixed, pattern)
+
+
+def allocate(matrices: Sequence[MatrixInfo], default: Target, rules: Rules | None = None) -> dict[str, Target]:
+    """Give every matrix its target.
+
+    >>> names = [MatrixInfo("layers.0.mlp.up", 0, 8), MatrixInfo("layers.1.mlp.up", 1, 8)]
+    >>> from secateur.pruning import Row
+    >>> {n: t.sparsity for n, t in allocate(names, Target(0.5, Row()), {"layers.1": 0.7}).items()}
+    {'layers.0.mlp.up': 0.5, 'layers.1.mlp.up': 0.7}
+
+    Args:
+        matrices: the matrices to be pruned.
+        default: the target where no rule matches.
+        rules: a mapping of keys to sparsities or N:M patterns, or one sparsity for each block.
+
+    Raises:
+        OptionError: a key matches nothing, a value is out of range, or a number meets an N:M pattern.
+    """
+    blocks = sorted({m.block for m in matrices})
+    if rules is None:
+        return {m.name: default for m in matrices}
+    if not isinstance(rules, Mapping):
+        if len(rules) != len(blocks):
+            raise OptionError(f"allocation: {len(rules)} numbers for {len(blocks)} blocks; give one for each")
+        rules = {str(block): value for block, value in zip(blocks, rules, strict=True)}
+    parsed = [(_matcher(str(key)), _target(str(key), value, default)) for key, value in rules.items()]
+    for key, (matches, _) in zip(rules, parsed, strict=True):
+        if not any(matches(m) for m in matrices):
+            known = [f"layers.{b}" for b in blocks] + [m.name for m in matrices]
+            raise OptionError(f"allocation: {str(key)!r} matches no block and no whole matrix name; {nearest(str(key), known)}")
+    return {m.name: next((target for matches, target in parsed if matches(m)), default) for m in matrices}
+
+
+def mean_sparsity(matrices: Sequence[MatrixInfo], targets: Mapping[str, Target]) -> float:
+    """Return the mean of the targets' sparsities, weighted by the matrices' weights."""
+    total = sum(m.weights for m in matrices)
+    return sum(m.weights * targets[m.name].sparsity for m in matrices) / total if total else 0.0
+
+
+def _matcher(key: str) -> Callable[[MatrixInfo], bool]:
+    if block := re.fullmatch(r"(?:layers?\.)?(\d+)", key):
+        index = int(block[1])
+        return lambda matrix: matrix.block == index
+    try:
+        pattern = re.compile(key)
+    except re.error as error:
+        raise OptionError(f"allocation: {key!r} is neither a block nor a regular expression ({error})") from None
+    return lambda matrix: pattern.fullmatch(matrix.name) is not None
+
+
+def _target(key: str, value: Rule, default: Target) -> Target:
+    if isinstance(value, str) and ":" in value:
+        pattern = parse_pattern(value)
+        if not isinstance(pattern, NM):
+            raise OptionError(f"allocation: {key!r} takes a sparsity or an N:M pattern, not {value!r}")
+        return Target(pattern.fixed_sparsity, pattern)
+    sparsity = check_sparsity(value, f"allocation of {key!r}")  # type: ignore[arg-type]
+    if sparsity and default.pattern.fixed_sparsity is not None:
+        raise OptionError(
+            f"allocation: {key!r} asks for sparsity {sparsity:g}, but under pattern {default.pattern} a matrix takes "
+            f"another N:M pattern (such as 4:16) or 0"
+        )
+    return Target(sparsity, default.pattern)

@@ -1,0 +1,113 @@
+"""Methods: ``W_OI, statistics, sparsity, pattern -> W'_OI, mask_OI``, pure; and the table of them all.
+
+To add a score, write one function and one line in `METHODS` (docs/adding-a-method.md); the contract tests
+find it there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError, nearest
+from . import scores
+from .patterns import Pattern
+from .sparsegpt import sparsegpt
+from .statistics import GRAM, SUMSQ, Statistics
+
+Prune = Callable[..., tuple[Tensor, Tensor]]
+Score = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method and what the pipeline must know of it.
+
+    Attributes:
+        prune: the pure function ``(W_OI, statistics, sparsity, pattern, **options) -> (W'_OI, mask_OI)``.
+        needs: the sums that it takes from calibration (`SUM`, `SUMSQ`, `GRAM`); empty: no calibration.
+        pattern: the pattern that its paper uses, which is the default.
+        paper: where it is published.
+        options: values that override the function's keyword-only defaults.
+    """
+
+    prune: Prune
+    needs: frozenset[str] = frozenset()
+    pattern: str = "matrix"
+    paper: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, W_OI: Tensor, statistics: Statistics, sparsity: float, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        return self.prune(W_OI, statistics, sparsity, pattern, **self.options)
+
+
+def one_shot(score: Score) -> Prune:
+    """Make a method of a score: the pattern keeps the largest scores, and kept weights stay as they are.
+
+    >>> from secateur.pruning import Row, Statistics, magnitude
+    >>> one_shot(magnitude)(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), Statistics(), 0.5, Row())[0]
+    tensor([[ 0., -3.,  2.,  0.]])
+    """
+
+    def prune(
+        W_OI: Tensor, statistics: Statistics, sparsity: float, pattern: Pattern, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        mask_OI = pattern.mask(score(W_OI, statistics, **options), sparsity)
+        return torch.where(mask_OI, W_OI, 0), mask_OI
+
+    prune.__wrapped__ = score  # type: ignore[attr-defined]  # its options are the score's
+    prune.__doc__ = score.__doc__
+    return prune
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method(one_shot(scores.magnitude), paper="https://arxiv.org/abs/1506.02626"),
+    "wanda": Method(
+        one_shot(scores.wanda), frozenset({SUMSQ}), "row", paper="https://openreview.net/forum?id=PxoFut3dWW"
+    ),
+    "ria": Method(one_shot(scores.ria), frozenset({SUMSQ}), paper="https://openreview.net/forum?id=Tr0lPx9woF"),
+    "sparsegpt": Method(sparsegpt, frozenset({GRAM}), paper="https://arxiv.org/abs/2301.00774"),
+}
+
+
+def method_options(method: Method) -> dict[str, int | float | str]:
+    """Return the options that can be given after the method's name, with their defaults."""
+    parameters = inspect.signature(method.prune).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, (int, float, str))
+    }
+
+
+def parse_method(text: str) -> Method:
+    """Read ``NAME[:OPTION=VALUE]...``.
+
+    >>> dict(parse_method("sparsegpt:damping=0.02:block_size=64").options)
+    {'damping': 0.02, 'block_size': 64}
+
+    Raises:
+        OptionError: the method or one of its options is unknown, or a value does not fit.
+    """
+    name, *pairs = str(text).split(":")
+    if name not in METHODS:
+        raise OptionError(f"unknown method {name!r}: {nearest(name, METHODS)}")
+    method = METHODS[name]
+    known = method_options(method)
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if key not in known or not equals:
+            hint = nearest(key, known) if known else f"{name} has no options"
+            raise OptionError(f"method {name!r}: cannot read option {pair!r} (OPTION=VALUE); {hint}")
+        kind = type(known[key])
+        try:
+            options[key] = kind(value)
+        except ValueError:
+            raise OptionError(f"method {name!r}: {key} takes {kind.__name__}, not {value!r}") from None
+    return replace(method, options=options)

@@ -1,0 +1,137 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def size(count: float | None) -> str:
+    """Bytes for people: ``269.1 MB``."""
+    if count is None:
+        return "not measured"
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``2 min 5 s``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def windows(evaluation: Mapping[str, Any]) -> str:
+    """On what a perplexity was measured: text, window, windows, tokens."""
+    return (
+        f"{evaluation['text']}, {evaluation['windows']} windows of {evaluation['seqlen']} tokens, "
+        f"{evaluation['tokens']:,} of {evaluation['available_tokens']:,} tokens"
+    )
+
+
+def number(value: float | None) -> str:
+    """A perplexity for people."""
+    return "beyond measure" if value is None else f"{value:,.2f}"
+
+
+def prune_table(report: Mapping[str, Any]) -> Table:
+    """What a run did, what it cost, and what it gained."""
+    plan = report["plan"]
+    table = Table(title=f"{plan['model']['name']}: {plan['method']}, {plan['pattern']}, {plan['sparsity']:.0%} removed")
+    for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    if evaluation := report.get("evaluation"):
+        before, after = evaluation["before"], evaluation["after"]
+        table.add_row("perplexity", number(before["perplexity"]), number(after["perplexity"]), windows(after))
+    table.add_row(
+        "sparsity", "", f"{report['sparsity']:.4%}", f"{report['zeros']:,} of {report['weights']:,} weights in its matrices"
+    )
+    if sizes := report.get("bytes"):
+        ratio = sizes["output"] / sizes["dense_16_bit"]
+        table.add_row(
+            "checkpoint", size(sizes["dense_16_bit"]), size(sizes["output"]), f"{ratio:.2f} of the 16-bit dense checkpoint"
+        )
+        if sizes["source_files"] < sizes["output"]:
+            table.add_row("source file", size(sizes["source_files"]), "", "quantised, and smaller than the pruned checkpoint")
+    if calibration := plan["calibration"]:
+        what = f"{calibration['samples']} sequences, {calibration['tokens']:,} tokens of {calibration['source']}"
+        table.add_row("calibration", "", "", what)
+    table.add_row("time to prune", "", duration(report["seconds"]["pruning"]), f"{plan['threads']} threads, {plan['device']}")
+    table.add_row("peak memory", "", size(report["peak_memory_bytes"]), "of the whole process")
+    return table
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """What a run would do, and about what it would take."""
+    guess = plan["estimate"]
+    table = Table(title=f"{plan['model']['name']}: nothing is written (dry run)", show_header=False)
+    calibration = plan["calibration"]
+    tokens = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none needed"
+    for what, value in (
+        ("method", f"{plan['method']}, pattern {plan['pattern']}, propagate {plan['propagate']}"),
+        ("matrices", f"{plan['matrices']:,} with {plan['weights']:,} weights, {plan['mean_sparsity']:.4%} to be removed"),
+        ("calibration", tokens),
+        ("time, about", duration(guess["seconds"])),
+        ("memory, about", size(guess["memory_bytes"])),
+        ("disk at most", size(guess["disk_bytes"])),
+    ):
+        table.add_row(what, value)
+    return table
+
+
+def evaluation_table(model: str, evaluation: Mapping[str, Any]) -> Table:
+    """One perplexity, and on what it was measured."""
+    table = Table(title=model)
+    for heading in ("text", "window", "windows", "tokens", "of the text's", "perplexity"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    table.add_row(
+        evaluation["text"],
+        f"{evaluation['seqlen']} tokens",
+        str(evaluation["windows"]),
+        f"{evaluation['tokens']:,}",
+        f"{evaluation['available_tokens']:,}",
+        number(evaluation["perplexity"]),
+    )
+    return table
+
+
+def inspection_table(model: str, found: Mapping[str, Any]) -> Table:
+    """One row per kind of matrix, over all blocks, and the total."""
+    table = Table(title=f"{model}: {found['model_type']}, {found['blocks']} blocks")
+    for heading in ("matrix", "shape", "blocks", "sparsity", "pattern", "format", "bytes"):
+        table.add_column(heading, justify="left" if heading in ("matrix", "pattern", "format") else "right")
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in found["matrices"]:
+        kinds.setdefault(row["name"].split(f".{row['block']}.", 1)[-1], []).append(row)
+    for kind, rows in kinds.items():
+        low, high = min(r["sparsity"] for r in rows), max(r["sparsity"] for r in rows)
+        table.add_row(
+            kind,
+            "x".join(map(str, rows[0]["shape"])),
+            str(len(rows)),
+            f"{low:.2%}" if high - low < 5e-5 else f"{low:.2%} to {high:.2%}",
+            ", ".join(pattern for pattern, _ in Counter(r["pattern"] for r in rows).most_common(3)),
+            ", ".join(sorted({r["format"] for r in rows})),
+            size(sum(r["bytes"] for r in rows)),
+        )
+    total = sum(row["bytes"] for row in found["matrices"])
+    table.add_section()
+    table.add_row("all matrices", f"{found['weights']:,}", "", f"{found['sparsity']:.2%}", "", "", size(total))
+    table.add_row("whole checkpoint", "", "", "", "", "", size(found["bytes"]))
+    return table
+
+
+def generation_text(prompt: str, continuation: str) -> Text:
+    """A prompt and what a model wrote after it."""
+    return Text.assemble((prompt, "dim"), continuation)

@@ -1,0 +1,71 @@
+"""Progress with time left, on stderr: a bar in a terminal, a line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from .progress import Progress, Silent
+
+EVERY_SECONDS = 10
+
+
+def terminal_progress(quiet: bool = False) -> Progress:
+    """The progress that fits stderr."""
+    if quiet:
+        return Silent()
+    return Bar() if sys.stderr.isatty() else Lines()
+
+
+class Bar:
+    """One bar for the task at hand."""
+
+    def start(self, task: str, total: float, done: float = 0) -> None:
+        """Draw a bar."""
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bars = RichProgress(*columns, console=Console(stderr=True), transient=True)
+        self._bars.start()
+        self._task = self._bars.add_task(task, total=total, completed=done, note="")
+
+    def advance(self, done: float = 1, note: str | None = None) -> None:
+        """Move it."""
+        self._bars.update(self._task, advance=done, **({} if note is None else {"note": note}))
+
+    def finish(self) -> None:
+        """Take it away."""
+        self._bars.stop()
+
+
+class Lines:
+    """Plain lines, for logs."""
+
+    def start(self, task: str, total: float, done: float = 0) -> None:
+        """Remember the task."""
+        self._task, self._total, self._first, self._done, self._note = task, total, done, done, ""
+        self._started = self._said = time.monotonic()
+
+    def advance(self, done: float = 1, note: str | None = None) -> None:
+        """Say where it stands, now and then."""
+        self._done += done
+        self._note = self._note if note is None else note
+        now = time.monotonic()
+        if now - self._said >= EVERY_SECONDS and self._done > self._first:
+            self._said = now
+            left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
+            note = f", {self._note}" if self._note else ""
+            print(f"{self._task}: {self._done / self._total:.0%}, {left:.0f} s left{note}", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Nothing is left on the screen."""
