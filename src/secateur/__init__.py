@@ -1,8 +1,8 @@
 """Secateur prunes large language models after training, and hands back models that are smaller and faster.
 
-    >>> import secateur
-    >>> secateur.parse_pattern("2:4").fixed_sparsity
-    0.5
+>>> import secateur
+>>> secateur.parse_pattern("2:4").fixed_sparsity
+0.5
 """
 
 from __future__ import annotations

@@ -109,7 +109,9 @@ def prune(
     )  # fmt: skip
     if isinstance(model, PreTrainedModel) or output is None:
         if evaluate or dry_run or dtype != "auto":
-            raise OptionError("evaluate, dry_run and dtype are for pruning from disk to disk: give a model's name and an output")
+            raise OptionError(
+                "evaluate, dry_run and dtype are for pruning from disk to disk: give a model's name and an output"
+            )
         live = model if isinstance(model, PreTrainedModel) else _load(str(model), request)
         target = None if output is None else Path(output)
         report = prune_live(live, request, progress, tokenizer=tokenizer, output=target)
@@ -216,5 +218,6 @@ def _load(model: str, request: Request) -> PreTrainedModel:
         directory = as_checkpoint(locate(model), Path(scratch))
         open_checkpoint(directory)
         device = choose_device(request.device)
-        live: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device)
-        return live
+        live: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        model_in_memory: PreTrainedModel = live.to(device)
+        return model_in_memory

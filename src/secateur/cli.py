@@ -29,7 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub id, a .gguf file, or smollm2.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory, a hub id, a .gguf file, or smollm2.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda.")]
 SOURCE = "c4, wikitext2, sotu, a .txt, .raw, .jsonl or .parquet file, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
@@ -38,7 +40,9 @@ SOURCE = "c4, wikitext2, sotu, a .txt, .raw, .jsonl or .parquet file, or hf:DATA
 @app.command()
 def prune(
     model: Model,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory of the new checkpoint.", show_default=False)],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Directory of the new checkpoint.", show_default=False)
+    ],
     method: Annotated[
         str, typer.Option(help="magnitude, wanda, ria or sparsegpt; options follow colons: sparsegpt:damping=0.02")
     ] = "wanda",
@@ -58,7 +62,10 @@ def prune(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
     allocation: Annotated[
-        str, typer.Option(metavar="uniform|FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities.")
+        str,
+        typer.Option(
+            metavar="uniform|FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities."
+        ),
     ] = "uniform",
     propagate: Annotated[
         str, typer.Option(help="What later blocks see: block, the pruned ones before them; dense, the unpruned model.")
@@ -69,15 +76,20 @@ def prune(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="RE", help="Leave matrices alone whose name has this in it.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")
+    ] = "auto",
     device: Device = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="torch's")] = None,
     evaluate: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Measure perplexity on this text before and after (40 windows).")
+        str | None,
+        typer.Option(metavar="SOURCE", help="Measure perplexity on this text before and after (40 windows)."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it would take.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of Secateur.")] = False,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run, or begin anew.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run, or begin anew.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Prune a model into a new checkpoint, block by block, without retraining."""
@@ -86,9 +98,9 @@ def prune(
 
     result = api.prune(
         model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
-        seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, include=include or (), exclude=exclude or (),
-        dtype=dtype, device=device, threads=threads, evaluate=evaluate, dry_run=dry_run, overwrite=overwrite, resume=resume,
-        progress=_progress(),
+        seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, include=include or (),
+        exclude=exclude or (), dtype=dtype, device=device, threads=threads, evaluate=evaluate, dry_run=dry_run,
+        overwrite=overwrite, resume=resume, progress=_progress(),
     )  # fmt: skip
     _show(result.report, plan_table if dry_run else prune_table, as_json)
     if not dry_run and not as_json:
@@ -99,9 +111,7 @@ def prune(
 def evaluate(
     model: Model,
     text: Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to measure on: {SOURCE}.")] = "wikitext2",
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens of a window.", show_default="2048 or the context")
-    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="2048 or the context")] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows.", show_default="all")] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -160,11 +170,14 @@ def options(
 
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     flags = {word for word in words if word in GLOBAL_FLAGS}
-    _listen(logging.ERROR if flags & {"-q", "--quiet"} else logging.DEBUG if flags & {"-v", "--verbose"} else logging.INFO)
+    _listen(
+        logging.ERROR if flags & {"-q", "--quiet"} else logging.DEBUG if flags & {"-v", "--verbose"} else logging.INFO
+    )
     if foreign := translate(words):
         _note(foreign)
         return 2
@@ -173,7 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(words, prog_name="secateur", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except TyperException as error:
-        getattr(error, "show", lambda: _note(f"error: {error}"))()
+        show: Callable[[], None] | None = getattr(error, "show", None)
+        if show:
+            show()
+        else:
+            _note(f"error: {error}")
         return error.exit_code
     except SecateurError as error:
         if "--debug" in flags:
@@ -186,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in flags:
             raise
-        _note(f"error: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''} (--debug shows where)")
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        _note(f"error: {type(error).__name__}: {first_line} (--debug shows where)")
         return 1
 
 

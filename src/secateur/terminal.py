@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from .progress import Progress, Silent
 
@@ -37,11 +38,13 @@ class Bar:
         )
         self._bars = RichProgress(*columns, console=Console(stderr=True), transient=True)
         self._bars.start()
-        self._task = self._bars.add_task(task, total=total, completed=done, note="")
+        self._task = self._bars.add_task(task, total=total, note="")
+        self._bars.update(self._task, completed=done)
 
     def advance(self, done: float = 1, note: str | None = None) -> None:
         """Move it."""
-        self._bars.update(self._task, advance=done, **({} if note is None else {"note": note}))
+        fields: dict[str, Any] = {} if note is None else {"note": note}
+        self._bars.update(self._task, advance=done, **fields)
 
     def finish(self) -> None:
         """Take it away."""
@@ -65,7 +68,8 @@ class Lines:
             self._said = now
             left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
             note = f", {self._note}" if self._note else ""
-            print(f"{self._task}: {self._done / self._total:.0%}, {left:.0f} s left{note}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{self._task}: {self._done / self._total:.0%}, {left:.0f} s left{note}\n")
+            sys.stderr.flush()
 
     def finish(self) -> None:
         """Nothing is left on the screen."""

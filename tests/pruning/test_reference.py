@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.pruning import GRAM, METHODS, NM, SUMSQ, Matrix, Row, Statistics, parse_pattern, sparsegpt
+from secateur.pruning import GRAM, METHODS, NM, SUMSQ, Block, Matrix, Row, Statistics, parse_pattern, sparsegpt
 
 SHAPES = [(24, 300), (40, 130)]
 
@@ -122,13 +122,14 @@ def sparsegpt_paper(W_OI, G_II, sparsity, pattern, block=128, damping=0.01, mask
         b = min(a + block, columns)
         if mask is None and not isinstance(pattern, NM):
             score = W[:, a:b] ** 2 / U.diagonal()[a:b] ** 2
-            if isinstance(pattern, Row):
-                gone, order = round(sparsity * b) - round(sparsity * a), score.argsort(1)
+            if isinstance(pattern, Block):
+                prune_tiles(keep[:, a:b], score, a, sparsity, pattern)
             else:
-                gone = round(sparsity * rows * b) - round(sparsity * rows * a)
-                order = score.reshape(1, -1).argsort(1)
-            chosen = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, :gone], False)
-            keep[:, a:b] = chosen.reshape(rows, b - a)
+                share = 1 if isinstance(pattern, Row) else rows  # of one row, or of all
+                order = score.reshape(rows // share, -1).argsort(1)
+                gone = round(sparsity * share * b) - round(sparsity * share * a)
+                chosen = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, :gone], False)
+                keep[:, a:b] = chosen.reshape(rows, b - a)
         for j in range(a, b):
             if mask is None and isinstance(pattern, NM) and j % pattern.m == 0:
                 group = slice(j, min(j + pattern.m, columns))
@@ -140,6 +141,19 @@ def sparsegpt_paper(W_OI, G_II, sparsity, pattern, block=128, damping=0.01, mask
             W[:, j:] -= error[:, None] * U[j, j:]
     W[~keep] = 0
     return W, keep
+
+
+def prune_tiles(keep_OC, score_OC, start, sparsity, pattern):
+    """Mark the tiles of least summed saliency, a ragged one by its mean, in place."""
+    corners = [
+        (r, c) for r in range(0, len(score_OC), pattern.height) for c in range(0, len(score_OC.T), pattern.width)
+    ]
+    tiles = [(slice(r, r + pattern.height), slice(c, c + pattern.width)) for r, c in corners]
+    down = -(-len(score_OC) // pattern.height)
+    before, after = start // pattern.width, start // pattern.width + len(tiles) // down
+    tiles.sort(key=lambda tile: score_OC[tile].mean().item())
+    for tile in tiles[: round(sparsity * down * after) - round(sparsity * down * before)]:
+        keep_OC[tile] = False
 
 
 def assert_near(got, want, tolerance=1e-3):
@@ -160,6 +174,18 @@ def test_sparsegpt_unstructured(shape, block_size, pattern, sparsity):
     statistics, pattern = Statistics.of(x, {GRAM}), parse_pattern(pattern)
     got, mask = sparsegpt(W, statistics, sparsity, pattern, block_size=block_size)
     want, want_mask = sparsegpt_paper(W, statistics.gram_II, sparsity, pattern, block_size)
+    assert torch.equal(mask, want_mask)
+    assert_near(got, want)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block_size", [128, 32, 1])
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_sparsegpt_tiles_cost_the_sum_of_their_weights(shape, block_size, sparsity):
+    W, x = problem(*shape)
+    statistics, pattern = Statistics.of(x, {GRAM}), Block(5, 8)
+    got, mask = sparsegpt(W, statistics, sparsity, pattern, block_size=block_size)
+    want, want_mask = sparsegpt_paper(W, statistics.gram_II, sparsity, pattern, max(8, block_size))
     assert torch.equal(mask, want_mask)
     assert_near(got, want)
 

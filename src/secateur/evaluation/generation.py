@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,8 @@ def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.d
         raise DataError("the prompt is empty")
     dtype = torch.float32 if device.type == "cpu" else "auto"
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model.to(device).eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():
         ids = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)

@@ -63,5 +63,3 @@ def perplexity(host: Host, tokens: Tokens, folder: Path, progress: Progress) -> 
         "loss": mean,
         "perplexity": math.exp(mean) if mean < 700 else None,
     }
-
-

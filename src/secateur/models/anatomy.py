@@ -61,6 +61,11 @@ class Matrix:
     transposed: bool
 
     @property
+    def weight(self) -> Any:
+        """The parameter, in its own layout."""
+        return self.module.weight
+
+    @property
     def parameter(self) -> str:
         """Whole name of the parameter in the model."""
         return f"{self.name}.weight"
@@ -68,19 +73,18 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         """Output and input dimension."""
-        rows, columns = self.module.weight.shape
+        rows, columns = self.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     def read(self) -> Tensor:
         """Return the weights [out, in]; a view where the layout allows."""
-        weight = self.module.weight.detach()
+        weight: Tensor = self.weight.detach()
         return weight.T if self.transposed else weight
 
     def write(self, W_OI: Tensor) -> None:
         """Put new weights [out, in] into the resident parameter."""
-        weight = self.module.weight
-        weight.data.copy_(W_OI.T if self.transposed else W_OI)
-        weight.changed = True
+        self.weight.data.copy_(W_OI.T if self.transposed else W_OI)
+        self.weight.changed = True
 
 
 def matrices(block: nn.Module, path: str) -> dict[str, Matrix]:
@@ -163,7 +167,8 @@ class _Stub(nn.Module):
         if args:
             hidden, call = args[0], BlockCall((None, *args[1:]), kwargs)
         else:
-            hidden, call = kwargs["hidden_states"], BlockCall((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
+            hidden = kwargs.pop("hidden_states")
+            call = BlockCall((), kwargs)
         return self.handler(self.index, call, hidden)
 
 
@@ -269,8 +274,8 @@ def check_replay(skeleton: Skeleton, resident: Load, ids_BT: Tensor) -> None:
             raise ModelError(f"{skeleton.path}.{index}: the block's output holds NaN or Inf; check the model's weights")
         if not torch.allclose(own, replayed, rtol=1e-4, atol=1e-5 * float(own.abs().max())):
             raise ModelError(
-                f"{skeleton.path}.{index}: run by itself the block gives another output than inside the model, so blocks "
-                "share state and cannot be pruned one at a time"
+                f"{skeleton.path}.{index}: run by itself the block gives another output than inside the model, so "
+                "blocks share state and cannot be pruned one at a time"
             )
         return out
 

@@ -127,7 +127,7 @@ def tensor_entry(name: str, tensor: Tensor) -> Entry:
 
     def pieces() -> Iterator[memoryview]:
         if data.numel():
-            yield memoryview(data.view(-1).view(torch.uint8).numpy())
+            yield data.view(-1).view(torch.uint8).numpy().data
 
     return Entry(name, data.dtype, tuple(data.shape), pieces)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..errors import ModelError
 from .anatomy import Matrix, Skeleton, matrices
 from .checkpoint import Checkpoint
 from .source import quiet_transformers
+
 
 class Host(Protocol):
     """A model whose blocks can be made resident one at a time."""
@@ -99,13 +100,16 @@ class DiskHost:
 
         written = written or {}
         state = {name: written[name] if name in written else self.checkpoint.read(name) for name in names}
-        settings = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(self.model))
+        mapping: Any = get_model_conversion_mapping(self.model)
+        settings = LoadStateDictConfig(weight_mapping=mapping)
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, settings, None)
         if info.mismatched_keys or info.conversion_errors:
             what = next(iter(info.mismatched_keys or info.conversion_errors))
             name = what[0] if isinstance(what, tuple) else what
-            raise ModelError(f"{self.checkpoint.directory}: tensor {name} does not have the shape that config.json implies")
+            raise ModelError(
+                f"{self.checkpoint.directory}: tensor {name} does not have the shape that config.json implies"
+            )
 
     def _refuse_missing(self, parameters: Mapping[str, nn.Parameter]) -> None:
         missing = [name for name, parameter in parameters.items() if parameter.device.type == "meta"]
@@ -189,7 +193,7 @@ class LiveHost:
 
     def written_dtype(self, matrix: Matrix) -> torch.dtype:
         """The dtype in which a matrix is kept."""
-        dtype: torch.dtype = getattr(matrix.module.weight, "own_dtype", matrix.module.weight.dtype)
+        dtype: torch.dtype = getattr(matrix.weight, "own_dtype", matrix.weight.dtype)
         return dtype
 
 

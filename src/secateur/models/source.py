@@ -7,7 +7,9 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,15 +46,24 @@ def locate(model: str) -> Path:
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except GatedRepoError:
-        raise ModelError(f"{model}: access is granted on its hub page only; accept its terms there and log in") from None
+        raise ModelError(
+            f"{model}: access is granted on its hub page only; accept its terms there and log in"
+        ) from None
     except RepositoryNotFoundError:
-        raise ModelError(f"{model}: no such directory here, and no such public model on the hub (private? log in)") from None
+        raise ModelError(
+            f"{model}: no such directory here, and no such public model on the hub (private? log in)"
+        ) from None
     except HFValidationError:
         raise ModelError(f"{model}: no such directory, and not a valid hub id") from None
     except (LocalEntryNotFoundError, OSError) as error:
@@ -124,7 +135,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             "save its language model by itself and prune that"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{directory}: {config.model_type} is not a decoder (no causal language model in transformers)")
+        raise ModelError(
+            f"{directory}: {config.model_type} is not a decoder (no causal language model in transformers)"
+        )
     return Checkpoint.open(directory)
 
 
@@ -136,9 +149,9 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the progress bars of transformers for a while."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as theirs
 
+    gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")  # has a bar that no setting silences
     shown, bar = theirs.is_progress_bar_enabled(), gguf.tqdm
     theirs.disable_progress_bar()
     gguf.tqdm = lambda items, **options: items

@@ -123,7 +123,11 @@ def calibration_tokens(
     tokens = Tokens(rows[:wanted], name, available)
     _check_rows(tokens, config)
     if tokens.tokens < FEW_TOKENS:
-        log.warning("calibration: %d tokens in %d sequences are enough to try, too few to trust", tokens.tokens, len(tokens.rows))
+        log.warning(
+            "calibration: %d tokens in %d sequences are enough to try, too few to trust",
+            tokens.tokens,
+            len(tokens.rows),
+        )
     return tokens
 
 
@@ -146,7 +150,9 @@ def evaluation_windows(source: str, tokenizer: Any, config: Any, seqlen: int | N
     ids = _tokenise(corpus, tokenizer)
     whole = len(ids) // length
     if whole < 1:
-        raise DataError(f"{corpus.name}: {len(ids)} tokens are less than one window of {length}; use a shorter --seqlen")
+        raise DataError(
+            f"{corpus.name}: {len(ids)} tokens are less than one window of {length}; use a shorter --seqlen"
+        )
     if windows is not None and windows > whole:
         raise OptionError(f"windows {windows}: {corpus.name} has {whole} windows of {length} tokens")
     count = windows or whole
@@ -159,7 +165,9 @@ def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, 
         return None
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2 or calibration.dtype.is_floating_point:
-            raise DataError(f"calibration: a tensor must be integer ids [samples, seqlen], not {list(calibration.shape)}")
+            raise DataError(
+                f"calibration: a tensor must be integer ids [samples, seqlen], not {list(calibration.shape)}"
+            )
         return "the given tensor", list(calibration.long().cpu())
     if isinstance(calibration, Mapping) and "input_ids" in calibration:
         ids = calibration["input_ids"]
@@ -171,7 +179,9 @@ def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, 
         kept = [row[torch.as_tensor(m).bool()] for row, m in zip(ids, mask, strict=True)]
         return "the given batch", [row.long().cpu() for row in kept]
     if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
-        raise DataError(f"calibration: cannot use a {type(calibration).__name__}; give a source's name, strings or token ids")
+        raise DataError(
+            f"calibration: cannot use a {type(calibration).__name__}; give a source's name, strings or token ids"
+        )
     peek = calibration if isinstance(calibration, (list, tuple)) else None
     if peek is None:
         if hasattr(calibration, "column_names"):
@@ -195,7 +205,8 @@ def _crops(corpus: Corpus, tokenizer: Any, wanted: int, explicit: bool, length: 
     available = len(ids) // length
     if available < 1:
         raise DataError(
-            f"{corpus.name}: {len(ids)} tokens are less than one sequence of {length}; use more text or a shorter --seqlen"
+            f"{corpus.name}: {len(ids)} tokens are less than one sequence of {length}; use more text or a "
+            "shorter --seqlen"
         )
     if available < wanted:
         _few(corpus.name, available, wanted, explicit, f"sequences of {length} tokens")

@@ -41,7 +41,11 @@ def check_output(output: Path, model: Path, overwrite: bool) -> None:
 
 
 def write_checkpoint(
-    source: Checkpoint, blocks: Sequence[dict[str, TensorInfo]], target: Path, dtype: torch.dtype | None, progress: Progress
+    source: Checkpoint,
+    blocks: Sequence[dict[str, TensorInfo]],
+    target: Path,
+    dtype: torch.dtype | None,
+    progress: Progress,
 ) -> None:
     """Write a complete checkpoint: new tensors from the finished blocks, all others byte for byte from the source.
 

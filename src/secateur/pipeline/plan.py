@@ -14,8 +14,8 @@ import yaml
 
 from ..errors import OptionError, nearest
 from ..models.hosts import Host, block_matrices
-from ..pruning import NM, Method, allocate, mean_sparsity, parse_method, parse_pattern
-from ..pruning.allocation import MatrixInfo, Rules, Target, default_target
+from ..pruning import NM, Method, Statistics, allocate, mean_sparsity, parse_method, parse_pattern
+from ..pruning.allocation import MatrixInfo, Rules, default_target
 from .calibration import Tokens
 from .machine import software
 from .stream import MICRO_BATCH_TOKENS, Job
@@ -49,7 +49,9 @@ class Request:
     def check(self) -> None:
         """Raise OptionError for what can be refused before a model is opened."""
         method = self.parsed_method
-        default_target(self.sparsity, parse_pattern(self.pattern or method.pattern))
+        target = default_target(self.sparsity, parse_pattern(self.pattern or method.pattern))
+        example = torch.eye(8)  # meets the method's options with a matrix of no account
+        method(example, Statistics.of(example), target.sparsity, target.pattern)
         written_dtype(self.dtype)
         if self.propagate not in PROPAGATE:
             raise OptionError(f"unknown propagate {self.propagate!r}: {nearest(self.propagate, PROPAGATE)}")
@@ -130,20 +132,22 @@ def announce(plan: Plan) -> None:
         for block in sorted({m.block for m in plan.matrices}):
             inside = [m for m in plan.matrices if m.block == block]
             spread = sorted({f"{t.sparsity:g} ({t.pattern})" for t in (plan.job.targets[m.name] for m in inside)})
-            log.info("block %d: mean sparsity %.4f: %s", block, mean_sparsity(inside, plan.job.targets), ", ".join(spread))
+            log.info(
+                "block %d: mean sparsity %.4f: %s", block, mean_sparsity(inside, plan.job.targets), ", ".join(spread)
+            )
         log.info("mean sparsity of all pruned matrices: %.4f", plan.mean_sparsity)
     weights = sum(m.weights for m in plan.matrices)
     pattern = parse_pattern(plan.record["pattern"])
     if isinstance(pattern, NM) and pattern.m <= 4 and plan.mean_sparsity >= 0.5 and weights < 1e9:
         log.warning(
-            "pattern %s below 1 billion weights costs much quality: SmolLM2-135M goes from perplexity 29 to 206 with Wanda "
-            "and 112 with SparseGPT at 2:4 (WikiText-2, window 512); 8:16 or row cost less",
+            "pattern %s below 1 billion weights costs much quality: SmolLM2-135M goes from perplexity 29 to 206 with "
+            "Wanda and 112 with SparseGPT at 2:4 (WikiText-2, window 512); 8:16 or row cost less",
             pattern,
         )
     elif not isinstance(pattern, NM) and plan.mean_sparsity > 0.6:
         log.warning(
-            "sparsity %.2f in one shot costs much quality: LLaMA-2-7B goes from perplexity 5.5 to 10.8 with Wanda at 0.6, "
-            "and to 76 at 0.7 (published, WikiText-2, window 2048)",
+            "sparsity %.2f in one shot costs much quality: LLaMA-2-7B goes from perplexity 5.5 to 10.8 with Wanda at "
+            "0.6, and to 76 at 0.7 (published, WikiText-2, window 2048)",
             plan.mean_sparsity,
         )
 
@@ -200,14 +204,18 @@ def allocation_rules(allocation: str | Rules) -> Rules | None:
         return None
     path = Path(allocation)
     if not path.is_file():
-        raise OptionError(f"unknown allocation {allocation!r}: neither a file nor a name; {nearest(allocation, ALLOCATIONS)}")
+        raise OptionError(
+            f"unknown allocation {allocation!r}: neither a file nor a name; {nearest(allocation, ALLOCATIONS)}"
+        )
     try:
-        rules = yaml.safe_load(path.read_text())
+        rules = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # every value a string: plain YAML reads 2:4 as 124
     except (yaml.YAMLError, UnicodeDecodeError):
         raise OptionError(f"{allocation}: is not YAML") from None
     if not isinstance(rules, (dict, list)) or not rules:
-        raise OptionError(f"{allocation}: holds neither a table of keys and sparsities nor a list of one number per block")
-    return {str(k): v for k, v in rules.items()} if isinstance(rules, dict) else rules
+        raise OptionError(
+            f"{allocation}: holds neither a table of keys and sparsities nor a list of one number per block"
+        )
+    return rules
 
 
 def written_dtype(name: str) -> torch.dtype | None:

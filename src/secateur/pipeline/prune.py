@@ -23,7 +23,7 @@ from ..progress import Progress
 from .calibration import Tokens, calibration_tokens
 from .estimate import estimate
 from .machine import choose_device, peak_memory_bytes
-from .output import check_output, copy_small_files, make_report, write_checkpoint
+from .output import check_output, make_report, write_checkpoint
 from .plan import Plan, Request, announce, make_plan, written_dtype
 from .run_directory import REPORT, DiskRun, RunDirectory, check_room, differences, report_of, write_text
 from .stream import Stream, prune_blocks
@@ -271,8 +271,6 @@ def _save_live(model: PreTrainedModel, tokenizer: Any, output: Path, report: Map
         tokenizer = tokenizer or load_tokenizer(model.name_or_path)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
-        elif Path(model.name_or_path).is_dir():
-            copy_small_files(Path(model.name_or_path), target)
         write_text(target / REPORT, json.dumps(report, indent=1))
         run.install()
     except OSError as error:
@@ -281,9 +279,9 @@ def _save_live(model: PreTrainedModel, tokenizer: Any, output: Path, report: Map
         run.close()
 
 
-def load_tokenizer(model: str | Path) -> Any:
+def load_tokenizer(model: str | Path | None) -> Any:
     """Return the tokenizer of a model's directory or hub id, or None if it has none."""
-    if not str(model):
+    if not model or not str(model):
         return None
     try:
         return AutoTokenizer.from_pretrained(model)

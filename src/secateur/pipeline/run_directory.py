@@ -56,7 +56,9 @@ class RunDirectory:
             self._lock = FileLock(self.path / "lock", timeout=0)
             self._lock.acquire()
         except Timeout:
-            raise OutputError(f"{output}: another process is working on it; wait for it or choose another OUTPUT") from None
+            raise OutputError(
+                f"{output}: another process is working on it; wait for it or choose another OUTPUT"
+            ) from None
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be made ({error.strerror})") from None
         if (self.path / "former").exists() and not output.exists():  # killed between the two renames of install
@@ -155,7 +157,9 @@ class RunDirectory:
                     self.output.rmdir()
             os.replace(self.path / "output", self.output)
         except OSError as error:
-            raise OutputError(f"{self.output}: cannot be put in place ({error.strerror}); it lies in {self.path}") from error
+            raise OutputError(
+                f"{self.output}: cannot be put in place ({error.strerror}); it lies in {self.path}"
+            ) from error
         self.forget()
 
     def forget(self) -> None:
@@ -243,8 +247,8 @@ def check_room(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"{folder}: {what} takes {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free; make room or "
-            "choose an OUTPUT on another disk"
+            f"{folder}: {what} takes {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free; make room "
+            "or choose an OUTPUT on another disk"
         )
 
 
@@ -258,5 +262,3 @@ def report_of(output: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return report
-
-

@@ -150,9 +150,7 @@ def _datasets(what: str) -> Any:
     return datasets
 
 
-def _hub(
-    name: str, dataset: str, config: str | None, split: str, column: str, characters: int | None
-) -> Corpus:
+def _hub(name: str, dataset: str, config: str | None, split: str, column: str, characters: int | None) -> Corpus:
     datasets = _datasets(name)
     try:
         stream = datasets.load_dataset(dataset, config, split=split, streaming=characters is not None)

@@ -76,13 +76,15 @@ class Stream:
 
     def put(self, index: int, number: int, hidden_BTD: Tensor) -> None:
         """Write the input of block `index` for one micro-batch."""
-        data = memoryview(hidden_BTD.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        data = hidden_BTD.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         try:
             with self._files[index % 2].open("r+b" if self._files[index % 2].exists() else "w+b") as file:
                 file.seek(self._offsets[number])
                 file.write(data)
         except OSError as error:
-            raise OutputError(f"{self._files[index % 2]}: hidden states cannot be written ({error.strerror})") from error
+            raise OutputError(
+                f"{self._files[index % 2]}: hidden states cannot be written ({error.strerror})"
+            ) from error
 
     def forward(self, index: int, block: nn.Module, progress: Progress, compare: bool = False) -> float | None:
         """Run one block on all tokens: its input becomes the next block's.
@@ -128,9 +130,7 @@ def micro_batches(rows: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def observe(
-    block: nn.Module, chosen: Mapping[str, Matrix], needs: Collection[str]
-) -> Iterator[dict[str, Accumulator]]:
+def observe(block: nn.Module, chosen: Mapping[str, Matrix], needs: Collection[str]) -> Iterator[dict[str, Accumulator]]:
     """Sum the inputs of a block's matrices while it runs; an input that several share is summed once."""
     sums: dict[str, Accumulator] = {}
     leaders: dict[str, str] = {}
@@ -285,4 +285,3 @@ def _output_error(W_OI: Tensor, new_OI: Tensor, statistics: Statistics) -> float
     norm = float(((W_OI @ statistics.gram_II) * W_OI).sum())
     distance = float(((D_OI @ statistics.gram_II) * D_OI).sum())
     return (max(distance, 0.0) / norm) ** 0.5 if norm > 0 else None
-

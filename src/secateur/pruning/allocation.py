@@ -63,7 +63,9 @@ def default_target(sparsity: float | None, pattern: Pattern) -> Target:
         return Target(0.5 if fixed is None else fixed, pattern)
     value = check_sparsity(sparsity, "sparsity")
     if fixed is not None and abs(value - fixed) > 1e-6:
-        raise OptionError(f"pattern {pattern} is a sparsity of {fixed:g}, but sparsity {value:g} was given; leave one out")
+        raise OptionError(
+            f"pattern {pattern} is a sparsity of {fixed:g}, but sparsity {value:g} was given; leave one out"
+        )
     return Target(value if fixed is None else fixed, pattern)
 
 
@@ -94,7 +96,9 @@ def allocate(matrices: Sequence[MatrixInfo], default: Target, rules: Rules | Non
     for key, (matches, _) in zip(rules, parsed, strict=True):
         if not any(matches(m) for m in matrices):
             known = [f"layers.{b}" for b in blocks] + [m.name for m in matrices]
-            raise OptionError(f"allocation: {str(key)!r} matches no block and no whole matrix name; {nearest(str(key), known)}")
+            raise OptionError(
+                f"allocation: {str(key)!r} matches no block and no whole matrix name; {nearest(str(key), known)}"
+            )
     return {m.name: next((target for matches, target in parsed if matches(m)), default) for m in matrices}
 
 

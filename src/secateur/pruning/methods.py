@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, nearest
+from ..errors import NumericsError, OptionError, nearest
 from . import scores
 from .patterns import Pattern
 from .sparsegpt import sparsegpt
@@ -42,7 +42,9 @@ class Method:
     paper: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, W_OI: Tensor, statistics: Statistics, sparsity: float, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, W_OI: Tensor, statistics: Statistics, sparsity: float, pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
         return self.prune(W_OI, statistics, sparsity, pattern, **self.options)
 
 
@@ -57,7 +59,10 @@ def one_shot(score: Score) -> Prune:
     def prune(
         W_OI: Tensor, statistics: Statistics, sparsity: float, pattern: Pattern, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        mask_OI = pattern.mask(score(W_OI, statistics, **options), sparsity)
+        score_OI = score(W_OI, statistics, **options)
+        if not torch.isfinite(score_OI.sum()):
+            raise NumericsError("the scores hold NaN or Inf; check the weights, the inputs and the method's options")
+        mask_OI = pattern.mask(score_OI, sparsity)
         return torch.where(mask_OI, W_OI, 0), mask_OI
 
     prune.__wrapped__ = score  # type: ignore[attr-defined]  # its options are the score's
@@ -79,9 +84,7 @@ def method_options(method: Method) -> dict[str, int | float | str]:
     """Return the options that can be given after the method's name, with their defaults."""
     parameters = inspect.signature(method.prune).parameters.values()
     return {
-        p.name: p.default
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, (int, float, str))
+        p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and isinstance(p.default, (int, float, str))
     }
 
 

@@ -181,7 +181,9 @@ def parse_pattern(text: str) -> Pattern:
         if height < 1 or width < 1:
             raise OptionError(f"pattern {text!r}: a block has at least 1 row and 1 column; for example block:16x16")
         return Block(height, width)
-    raise OptionError(f"unknown pattern {text!r}: {nearest(text, ['row', 'matrix', 'N:M (2:4)', 'block:RxC (block:16x16)'])}")
+    raise OptionError(
+        f"unknown pattern {text!r}: {nearest(text, ['row', 'matrix', 'N:M (2:4)', 'block:RxC (block:16x16)'])}"
+    )
 
 
 def detect_pattern(W_OI: Tensor) -> str:

@@ -56,10 +56,10 @@ def wanda(W_OI: Tensor, statistics: Statistics) -> Tensor:
 
 
 def ria(W_OI: Tensor, statistics: Statistics, *, exponent: float = 0.5) -> Tensor:
-    """Score (|W_ij| / sum_row + |W_ij| / sum_column) * ||x_j||^a: Zhang et al. 2024, eqs. 3 and 4,
-    https://openreview.net/forum?id=Tr0lPx9woF ("relative importance and activations").
+    """Score (|W_ij| / sum_row + |W_ij| / sum_column) * ||x_j||^a: Zhang et al. 2024, eqs. 3 and 4.
 
-    `exponent` is the paper's a. A row or column of zeros scores zero.
+    "Relative importance and activations", https://openreview.net/forum?id=Tr0lPx9woF. `exponent` is the paper's a.
+    A row or column of zeros scores zero.
     """
     A_OI = W_OI.float().abs()
     tiny = torch.finfo(torch.float32).tiny

@@ -9,6 +9,8 @@ j and later. Inside, the weights are held transposed, columns first, so that a c
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,15 +60,17 @@ def sparsegpt(
     """
     if statistics.gram_II is None:
         raise OptionError("sparsegpt needs the inputs' Gram matrix (Statistics.gram_II), and there is none")
-    if not damping > 0:
-        raise OptionError(f"sparsegpt: damping must be positive, not {damping}")
+    if not 0 < damping < math.inf:
+        raise OptionError(f"sparsegpt: damping must be positive and finite, not {damping}")
     if block_size < 1:
         raise OptionError(f"sparsegpt: block_size must be at least 1, not {block_size}")
     dead_I = statistics.gram_II.diagonal() == 0
     U_II = inverse_factor(statistics.gram_II, damping)
-    W_IO = W_OI.T.to(U_II.dtype).clone(memory_format=torch.contiguous_format)
+    W_IO = W_OI.detach().T.to(U_II.dtype).clone(memory_format=torch.contiguous_format)
     W_IO[dead_I] = 0
-    keep_IO = torch.ones_like(W_IO, dtype=torch.bool) if mask is None else mask.T.contiguous()
+    keep_IO = (
+        torch.ones_like(W_IO, dtype=torch.bool) if mask is None else mask.T.clone(memory_format=torch.contiguous_format)
+    )
 
     width = pattern.selection_width or 1
     step = max(width, block_size // width * width)
@@ -83,8 +87,8 @@ def sparsegpt(
 
 
 def _saliency(W_CO: Tensor, U_CC: Tensor) -> Tensor:
-    """What pruning each weight costs once the columns to its right have made up for it: W² / U_jj²."""
-    return (W_CO / U_CC.diagonal()[:, None]).square()
+    """|W / U_jj|, whose square is what pruning a weight costs once the columns to its right have made up for it."""
+    return (W_CO / U_CC.diagonal()[:, None]).abs()
 
 
 def _sweep(W_CO: Tensor, U_CC: Tensor, keep_CO: Tensor, groups: NM | None) -> Tensor:
@@ -134,11 +138,26 @@ def inverse_factor(gram_II: Tensor, damping: float) -> Tensor:
         # one triangular inverse instead of the authors' two factorisations and a full inverse.
         L_II, info = torch.linalg.cholesky_ex(H_II.flip(0, 1))
         if info.item() == 0:
-            identity = torch.eye(len(H_II), dtype=dtype, device=H_II.device)
-            U_II = torch.linalg.solve_triangular(L_II, identity, upper=False).flip(0, 1).contiguous()
+            U_II = _inverse_lower(L_II).flip(0, 1).contiguous()
             if torch.isfinite(U_II).all():
                 return U_II
     raise NumericsError(
         "the inputs' Gram matrix cannot be factorised even with ten times the damping in float64; "
         "raise the damping (sparsegpt:damping=0.1) or use more calibration text"
     )
+
+
+def _inverse_lower(L_II: Tensor) -> Tensor:
+    """Invert a lower triangular matrix by halves, in matrix products: several times faster than a solve."""
+    size = len(L_II)
+    if size <= 128:
+        identity = torch.eye(size, dtype=L_II.dtype, device=L_II.device)
+        small: Tensor = torch.linalg.solve_triangular(L_II, identity, upper=False)
+        return small
+    half = size // 2
+    top, bottom = _inverse_lower(L_II[:half, :half]), _inverse_lower(L_II[half:, half:])
+    inverse_II = torch.zeros_like(L_II)
+    inverse_II[:half, :half] = top
+    inverse_II[half:, half:] = bottom
+    inverse_II[half:, :half] = bottom @ (L_II[half:, :half] @ top).neg_()
+    return inverse_II

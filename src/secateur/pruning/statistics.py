@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class Statistics:
     gram_II: Tensor | None = None
 
     def __add__(self, other: Statistics) -> Statistics:
+        if not self.tokens or not other.tokens:
+            return self if self.tokens else other
+
         def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return None if a is None or b is None else a + b
 
@@ -80,17 +84,17 @@ class Accumulator:
         columns = x_TI.shape[1]
         if SUM in self.needs:
             part = x_TI.sum(0).double()
-            self._sum = part if self._sum is None else self._sum.add_(part)
+            self._sum = part if self._sum is None else self._sum + part
         if GRAM in self.needs:
             if self._upper is None:
                 self._upper = torch.zeros(columns, columns, device=x_TI.device)
             panels = max(1, round(columns / self.PANEL))
             edges = [columns * p // panels for p in range(panels + 1)]
-            for a, b in zip(edges, edges[1:], strict=False):
+            for a, b in pairwise(edges):
                 self._upper[a:b, a:].addmm_(x_TI[:, a:b].T, x_TI[:, a:])
         elif SUMSQ in self.needs:
             part = torch.linalg.vector_norm(x_TI, dim=0).double().square()
-            self._sumsq = part if self._sumsq is None else self._sumsq.add_(part)
+            self._sumsq = part if self._sumsq is None else self._sumsq + part
 
     def statistics(self) -> Statistics:
         """Return what has been summed so far."""

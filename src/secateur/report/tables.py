@@ -55,19 +55,29 @@ def prune_table(report: Mapping[str, Any]) -> Table:
         before, after = evaluation["before"], evaluation["after"]
         table.add_row("perplexity", number(before["perplexity"]), number(after["perplexity"]), windows(after))
     table.add_row(
-        "sparsity", "", f"{report['sparsity']:.4%}", f"{report['zeros']:,} of {report['weights']:,} weights in its matrices"
+        "sparsity",
+        "",
+        f"{report['sparsity']:.4%}",
+        f"{report['zeros']:,} of {report['weights']:,} weights in its matrices",
     )
     if sizes := report.get("bytes"):
         ratio = sizes["output"] / sizes["dense_16_bit"]
         table.add_row(
-            "checkpoint", size(sizes["dense_16_bit"]), size(sizes["output"]), f"{ratio:.2f} of the 16-bit dense checkpoint"
+            "checkpoint",
+            size(sizes["dense_16_bit"]),
+            size(sizes["output"]),
+            f"{ratio:.2f} of the 16-bit dense checkpoint",
         )
         if sizes["source_files"] < sizes["output"]:
-            table.add_row("source file", size(sizes["source_files"]), "", "quantised, and smaller than the pruned checkpoint")
+            table.add_row(
+                "source file", size(sizes["source_files"]), "", "quantised, and smaller than the pruned checkpoint"
+            )
     if calibration := plan["calibration"]:
         what = f"{calibration['samples']} sequences, {calibration['tokens']:,} tokens of {calibration['source']}"
         table.add_row("calibration", "", "", what)
-    table.add_row("time to prune", "", duration(report["seconds"]["pruning"]), f"{plan['threads']} threads, {plan['device']}")
+    table.add_row(
+        "time to prune", "", duration(report["seconds"]["pruning"]), f"{plan['threads']} threads, {plan['device']}"
+    )
     table.add_row("peak memory", "", size(report["peak_memory_bytes"]), "of the whole process")
     return table
 
@@ -80,7 +90,10 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     tokens = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none needed"
     for what, value in (
         ("method", f"{plan['method']}, pattern {plan['pattern']}, propagate {plan['propagate']}"),
-        ("matrices", f"{plan['matrices']:,} with {plan['weights']:,} weights, {plan['mean_sparsity']:.4%} to be removed"),
+        (
+            "matrices",
+            f"{plan['matrices']:,} with {plan['weights']:,} weights, {plan['mean_sparsity']:.4%} to be removed",
+        ),
         ("calibration", tokens),
         ("time, about", duration(guess["seconds"])),
         ("memory, about", size(guess["memory_bytes"])),

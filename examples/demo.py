@@ -1,0 +1,35 @@
+"""Prune SmolLM2-135M to half of its weights, and show what that costs: `make demo`."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import secateur
+from secateur.cli import main
+
+OUTPUT = Path("build/demo")
+PROMPT = "The people of this country have always known that"
+
+
+def demo() -> int:
+    code = main(
+        [
+            *("prune", "smollm2", str(OUTPUT), "--method", "wanda", "--sparsity", "0.5", "--overwrite"),
+            *("--calibration", "sotu:train", "--samples", "32", "--seqlen", "512"),
+            *("--evaluate", "sotu:test"),
+        ]
+    )
+    if code:
+        return code
+    table = Table("dense", "half of the weights removed", title=f"{PROMPT} … (always the likeliest word)")
+    table.add_row(*(secateur.generate(model, PROMPT, tokens=40).strip() for model in ("smollm2", OUTPUT)))
+    console = Console()
+    console.print(table)
+    console.print(f"The pruned checkpoint opens with transformers: AutoModelForCausalLM.from_pretrained('{OUTPUT}')")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(demo())

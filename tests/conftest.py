@@ -1,0 +1,59 @@
+"""Tiny models on disk, made once per session; everything else is made by the test that needs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> Iterator[None]:
+    """Tiny matrices are not worth sharing out."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+ModelDirectory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> ModelDirectory:
+    """``model_directory(family, dtype)``: a tiny model on disk, to be read only; a llama has a tokenizer too."""
+    from tiny import save_tiny
+
+    known: dict[str, Path] = {}
+
+    def directory(family: str = "llama", dtype: str = "float32", **options: Any) -> Path:
+        key = f"{family}-{dtype}" + "".join(f"-{k}-{v}" for k, v in sorted(options.items()))
+        if key not in known:
+            target = tmp_path_factory.mktemp("models") / key
+            known[key] = save_tiny(
+                target, family, dtype, tokenizer=tokenizer if family.startswith("llama") else None, **options
+            )
+        return known[key]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sharded(model_directory: ModelDirectory) -> Path:
+    """A llama in several shards, whose blocks lie across them."""
+    return model_directory("llama", max_shard_size="24KB")
