@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,3 +58,21 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) ->
 def sharded(model_directory: ModelDirectory) -> Path:
     """A llama in several shards, whose blocks lie across them."""
     return model_directory("llama", max_shard_size="24KB")
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What Secateur says while the test runs."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    log, listener = logging.getLogger("secateur"), Listener()
+    level = log.level
+    log.addHandler(listener)
+    log.setLevel(logging.INFO)
+    yield said
+    log.removeHandler(listener)
+    log.setLevel(level)

@@ -21,8 +21,9 @@ from .pipeline.calibration import Tokens, evaluation_windows
 from .pipeline.machine import choose_device
 from .pipeline.plan import Request
 from .pipeline.prune import load_tokenizer, prune_checkpoint, prune_live
-from .progress import Progress, Silent
+from .progress import Progress
 from .pruning import Method
+from .report.terminal import terminal_progress
 
 EVALUATE_WINDOWS = 40
 
@@ -96,12 +97,12 @@ def prune(
         overwrite: replace an earlier result of Secateur.
         resume: go on with an unfinished run.
         tokenizer: in place of the model's own.
-        progress: hears of the work.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
 
     Raises:
         SecateurError: one line that says what, where, and what to do.
     """
-    progress = progress or Silent()
+    progress = progress or terminal_progress(lines=False)
     request = Request(
         method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
         seed=seed, allocation=allocation, propagate=propagate, include=include, exclude=exclude, dtype=dtype,
@@ -150,7 +151,7 @@ def evaluate(
         windows: how many windows; None is all.
         device: where to compute.
         tokenizer: in place of the model's own.
-        progress: hears of the work.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
 
     Returns:
         text, seqlen, windows, tokens, available_tokens, loss and perplexity.
@@ -158,7 +159,7 @@ def evaluate(
     Raises:
         SecateurError: one line that says what, where, and what to do.
     """
-    progress = progress or Silent()
+    progress = progress or terminal_progress(lines=False)
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, PreTrainedModel):
             live = LiveHost(model)
@@ -175,13 +176,13 @@ def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str,
 
     Args:
         model: directory, hub id, ``.gguf`` file or ``smollm2``.
-        progress: hears of the work.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
 
     Raises:
         SecateurError: one line that says what, where, and what to do.
     """
     with _opened(model, "cpu") as host:
-        return inspect_matrices(host, progress or Silent())
+        return inspect_matrices(host, progress or terminal_progress(lines=False))
 
 
 def generate(model: str | Path, prompt: str, *, tokens: int = 40, device: str = "auto") -> str:

@@ -213,6 +213,8 @@ def _listen(level: int) -> None:
     log.setLevel(level)
     log.handlers = [_Stderr()]
     log.propagate = False
+    for theirs in ("datasets", "huggingface_hub", "transformers"):  # what matters of them, we say ourselves
+        logging.getLogger(theirs).setLevel(logging.ERROR)
 
 
 class _Stderr(logging.Handler):
@@ -225,7 +227,7 @@ def _note(text: str) -> None:
 
 
 def _progress() -> Any:
-    from .terminal import terminal_progress
+    from .report.terminal import terminal_progress
 
     return terminal_progress(quiet=not logging.getLogger("secateur").isEnabledFor(logging.INFO))
 

@@ -45,10 +45,10 @@ def check_sparsity(sparsity: float, where: str) -> float:
     try:
         value = float(sparsity)
     except (TypeError, ValueError):
-        raise OptionError(f"{where}: sparsity must be a number, not {sparsity!r}") from None
+        raise OptionError(f"{where} {sparsity!r}: must be a number") from None
     if math.isnan(value) or not 0 <= value < 1:
         hint = f"; for {value:g} percent write {value / 100:g}" if 1 < value < 100 else ""
-        raise OptionError(f"{where}: sparsity is the fraction removed, at least 0 and below 1, not {value:g}{hint}")
+        raise OptionError(f"{where} {value:g}: is the fraction removed, at least 0 and below 1{hint}")
     return value
 
 
@@ -125,7 +125,7 @@ def _target(key: str, value: Rule, default: Target) -> Target:
         if not isinstance(pattern, NM):
             raise OptionError(f"allocation: {key!r} takes a sparsity or an N:M pattern, not {value!r}")
         return Target(pattern.fixed_sparsity, pattern)
-    sparsity = check_sparsity(value, f"allocation of {key!r}")  # type: ignore[arg-type]
+    sparsity = check_sparsity(value, f"allocation of {key!r}: sparsity")  # type: ignore[arg-type]
     if sparsity and default.pattern.fixed_sparsity is not None:
         raise OptionError(
             f"allocation: {key!r} asks for sparsity {sparsity:g}, but under pattern {default.pattern} a matrix takes "

@@ -6,16 +6,18 @@ import sys
 import time
 from typing import Any
 
-from .progress import Progress, Silent
+from ..progress import Progress, Silent
 
 EVERY_SECONDS = 10
 
 
-def terminal_progress(quiet: bool = False) -> Progress:
-    """The progress that fits stderr."""
+def terminal_progress(quiet: bool = False, lines: bool = True) -> Progress:
+    """The progress that fits stderr: a bar in a terminal, else lines (unless `lines` is False)."""
     if quiet:
         return Silent()
-    return Bar() if sys.stderr.isatty() else Lines()
+    if sys.stderr.isatty():
+        return Bar()
+    return Lines() if lines else Silent()
 
 
 class Bar:
