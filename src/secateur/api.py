@@ -15,6 +15,7 @@ from .errors import OptionError
 from .evaluation.generation import continue_text
 from .evaluation.inspection import inspect_matrices
 from .evaluation.perplexity import perplexity
+from .evaluation.records import record_evaluation
 from .models.hosts import DiskHost, Host, LiveHost
 from .models.source import as_checkpoint, locate, open_checkpoint, quiet_transformers
 from .pipeline.calibration import Tokens, evaluation_windows
@@ -139,6 +140,7 @@ def evaluate(
     seqlen: int | None = None,
     windows: int | None = None,
     device: str = "auto",
+    record: bool = True,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -150,6 +152,7 @@ def evaluate(
         seqlen: tokens of a window; None is min(2048, context).
         windows: how many windows; None is all.
         device: where to compute.
+        record: append the result to ``evaluations.jsonl`` if the model is a directory that Secateur wrote.
         tokenizer: in place of the model's own.
         progress: hears of the work; None draws a bar if stderr is a terminal.
 
@@ -168,7 +171,10 @@ def evaluate(
                 return perplexity(live, tokens, Path(folder), progress)
         with _opened(model, device) as host:
             tokens = _windows(text, host, tokenizer or load_tokenizer(host.checkpoint.directory), seqlen, windows)
-            return perplexity(host, tokens, Path(folder), progress)
+            found = perplexity(host, tokens, Path(folder), progress)
+            if record:
+                record_evaluation(host.checkpoint.directory, found)
+            return found
 
 
 def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:

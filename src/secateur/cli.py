@@ -114,13 +114,18 @@ def evaluate(
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="2048 or the context")] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows.", show_default="all")] = None,
     device: Device = "auto",
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Note the result in a directory that Secateur wrote.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Measure a model's perplexity, block by block."""
     from . import api
     from .report.tables import evaluation_table
 
-    found = api.evaluate(model, text=text, seqlen=seqlen, windows=windows, device=device, progress=_progress())
+    found = api.evaluate(
+        model, text=text, seqlen=seqlen, windows=windows, device=device, record=record, progress=_progress()
+    )
     _show({"schema": 1, "model": model, **found}, lambda e: evaluation_table(model, e), as_json)
 
 

@@ -6,8 +6,10 @@ the computing dtype. All that uses transformers' internals for loading and key c
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -102,7 +104,7 @@ class DiskHost:
         state = {name: written[name] if name in written else self.checkpoint.read(name) for name in names}
         mapping: Any = get_model_conversion_mapping(self.model)
         settings = LoadStateDictConfig(weight_mapping=mapping)
-        with quiet_transformers():
+        with quiet_transformers(), _loading_in_this_thread():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, settings, None)
         if info.mismatched_keys or info.conversion_errors:
             what = next(iter(info.mismatched_keys or info.conversion_errors))
@@ -131,6 +133,7 @@ class DiskHost:
             yield block
         finally:
             _drop_weights(block)
+            _give_back_memory()
 
     def written_dtype(self, matrix: Matrix) -> torch.dtype:
         """The dtype in which a matrix is written."""
@@ -157,6 +160,26 @@ def _drop_weights(block: nn.Module) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+@contextmanager
+def _loading_in_this_thread() -> Iterator[None]:
+    """Keep transformers from loading in threads: each would keep memory of its own for good."""
+    former = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = former
+
+
+def _give_back_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps a dropped block's, and memory would grow with depth."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class LiveHost:
