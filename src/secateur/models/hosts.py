@@ -6,10 +6,9 @@ the computing dtype. All that uses transformers' internals for loading and key c
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..errors import ModelError
 from .anatomy import Matrix, Skeleton, matrices
 from .checkpoint import Checkpoint
+from .memory import give_back_memory, large_tensors_apart
 from .source import quiet_transformers
 
 
@@ -57,6 +57,7 @@ class DiskHost:
         """
         from accelerate import init_empty_weights
 
+        large_tensors_apart()
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         config = AutoConfig.from_pretrained(checkpoint.directory)
         source = next((i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point), torch.float32)
@@ -133,7 +134,7 @@ class DiskHost:
             yield block
         finally:
             _drop_weights(block)
-            _give_back_memory()
+            give_back_memory()
 
     def written_dtype(self, matrix: Matrix) -> torch.dtype:
         """The dtype in which a matrix is written."""
@@ -174,12 +175,6 @@ def _loading_in_this_thread() -> Iterator[None]:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = former
-
-
-def _give_back_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps a dropped block's, and memory would grow with depth."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class LiveHost:
