@@ -1,4 +1,4 @@
-"""Tiny models on disk, made once per session; everything else is made by the test that needs it."""
+"""Tiny models on disk, made once for all tests; everything else is made by the test that needs it."""
 
 from __future__ import annotations
 

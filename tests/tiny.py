@@ -49,7 +49,7 @@ def tiny_model(family: str, dtype: str = "float32", **changes: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model.to(DTYPES[dtype])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tiny import bytes_of, same_bytes, tensors_of
 
 from secateur.errors import ModelError, OutputError
 from secateur.models.checkpoint import (
@@ -22,6 +21,7 @@ from secateur.models.checkpoint import (
     tensor_entry,
     write_safetensors,
 )
+from tiny import bytes_of, same_bytes, tensors_of
 
 SHAPES = [(), (1,), (5,), (3, 4), (2, 3, 4), (0,), (0, 3)]
 
