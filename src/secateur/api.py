@@ -114,7 +114,11 @@ def prune(
             raise OptionError(
                 "evaluate, dry_run and dtype are for pruning from disk to disk: give a model's name and an output"
             )
-        live = model if isinstance(model, PreTrainedModel) else _load(str(model), request)
+        if not isinstance(model, PreTrainedModel):
+            live, own = _load(str(model), request)
+            tokenizer = tokenizer or own
+        else:
+            live = model
         target = None if output is None else Path(output)
         report = prune_live(live, request, progress, tokenizer=tokenizer, output=target)
         return PruneResult(live, target, report)
@@ -219,7 +223,7 @@ def _windows(text: str, host: Host, tokenizer: Any, seqlen: int | None, windows:
     return evaluation_windows(text, tokenizer, host.model.config, seqlen, windows)
 
 
-def _load(model: str, request: Request) -> PreTrainedModel:
+def _load(model: str, request: Request) -> tuple[PreTrainedModel, Any]:
     request.check()
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
         directory = as_checkpoint(locate(model), Path(scratch))
@@ -227,4 +231,4 @@ def _load(model: str, request: Request) -> PreTrainedModel:
         device = choose_device(request.device)
         live: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
         model_in_memory: PreTrainedModel = live.to(device)
-        return model_in_memory
+        return model_in_memory, load_tokenizer(directory)

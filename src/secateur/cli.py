@@ -102,8 +102,8 @@ def prune(
         exclude=exclude or (), dtype=dtype, device=device, threads=threads, evaluate=evaluate, dry_run=dry_run,
         overwrite=overwrite, resume=resume, progress=_progress(),
     )  # fmt: skip
-    _show(result.report, plan_table if dry_run else prune_table, as_json)
-    if not dry_run and not as_json:
+    _show({"schema": 1, **result.report}, plan_table if dry_run else prune_table, as_json)
+    if not dry_run and not as_json and logging.getLogger("secateur").isEnabledFor(logging.INFO):
         _note(f"written to {output}")
 
 
@@ -189,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         words = [word for word in words if word not in GLOBAL_FLAGS]
         code = app(words, prog_name="secateur", standalone_mode=False)
+        if code == 130:  # the parser swallows a KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TyperException as error:
         show: Callable[[], None] | None = getattr(error, "show", None)
@@ -203,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _note(f"error: {error}")
         return 1
     except (KeyboardInterrupt, Abort):
-        _note("interrupted; the same command goes on where it stopped")
+        kept = "prune" in words and "--no-resume" not in words
+        _note("interrupted; the same command goes on where it stopped" if kept else "interrupted")
         return 130
     except Exception as error:
         if "--debug" in flags:

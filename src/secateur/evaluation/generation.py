@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ..errors import DataError, OptionError
 from ..models.source import quiet_transformers
 
 
@@ -17,8 +17,9 @@ def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.d
     Raises:
         DataError: the prompt is empty, or the model has no tokenizer.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ..pipeline.calibration import context_length
     from ..pipeline.prune import load_tokenizer
 
     tokenizer = load_tokenizer(directory)
@@ -27,6 +28,12 @@ def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.d
     batch = tokenizer(prompt, return_tensors="pt").to(device)
     if batch["input_ids"].shape[1] == 0:
         raise DataError("the prompt is empty")
+    config = AutoConfig.from_pretrained(directory)
+    context, length = context_length(config), batch["input_ids"].shape[1] + new_tokens
+    if context is not None and length > context:
+        raise OptionError(
+            f"tokens {new_tokens}: with the prompt's they are {length}, the model's context has {context}"
+        )
     dtype = torch.float32 if device.type == "cpu" else "auto"
     with quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError
+from ..errors import ModelError, NumericsError
 
 # Linear layers that decide where tokens go: a router's few weights are never worth pruning.
 ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
@@ -262,21 +262,35 @@ def check_replay(skeleton: Skeleton, resident: Load, ids_BT: Tensor) -> None:
         return (hidden,) if skeleton.returns_tuple else hidden
 
     skeleton.through(ids_BT, first_is_real)
-    replayed, calls = skeleton.record(ids_BT)
+    own: list[Tensor] = []
 
-    def compare(index: int, call: BlockCall, hidden: Tensor) -> Any:
-        nonlocal replayed
+    def keep(index: int, call: BlockCall, hidden: Tensor) -> Any:
         with resident(index) as block:
             out = call.raw(block, hidden)
-            replayed = calls[index].run(block, replayed)
-        own = _hidden(out)
-        if not torch.isfinite(own).all():
-            raise ModelError(f"{skeleton.path}.{index}: the block's output holds NaN or Inf; check the model's weights")
-        if not torch.allclose(own, replayed, rtol=1e-4, atol=1e-5 * float(own.abs().max())):
+            if not torch.isfinite(_hidden(out)).all():
+                for matrix in matrices(block, f"{skeleton.path}.{index}").values():
+                    if not torch.isfinite(matrix.read()).all():
+                        raise NumericsError(f"{matrix.name}: the weights hold NaN or Inf; check the model")
+                where = f"{skeleton.path}.{index}"
+                raise ModelError(f"{where}: the block's output holds NaN or Inf; check the model's weights")
+        own.append(_hidden(out))
+        return out
+
+    skeleton.through(ids_BT, keep)
+    if own[0].shape[:-1] != ids_BT.shape:
+        raise ModelError(f"{skeleton.path}.0: hidden states {list(own[0].shape)} are not [sequences, tokens, width]")
+    # Another sequence runs in between, and every block meets arguments recorded anew, as in the loop and on resume.
+    other, replayed = skeleton.record(ids_BT.flip(1))[0], skeleton.record(ids_BT)[0]
+    for index, expected in enumerate(own):
+        try:
+            with resident(index) as block, torch.no_grad():
+                replayed = skeleton.record(ids_BT)[1][index].run(block, replayed)
+                other = skeleton.record(ids_BT.flip(1))[1][index].run(block, other)
+            same = torch.allclose(expected, replayed, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        except (AttributeError, IndexError, KeyError, TypeError):
+            same = False
+        if not same:
             raise ModelError(
                 f"{skeleton.path}.{index}: run by itself the block gives another output than inside the model, so "
                 "blocks share state and cannot be pruned one at a time"
             )
-        return out
-
-    skeleton.through(ids_BT, compare)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, OutputError
+from ..errors import ModelError, NumericsError, OutputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -74,24 +75,26 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); is the download complete?") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise lie("the header is not JSON") from None
     if not isinstance(header, dict):
         raise lie("the header is no table")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise lie("the metadata is no table of texts")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         try:
             dtype = DTYPES[entry["dtype"]]
-            shape = tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
+            shape = tuple(operator.index(n) for n in entry["shape"])
+            begin, end = (operator.index(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError):
             raise lie(f"tensor {name!r} has an unknown dtype or no shape or offsets") from None
         if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
             raise lie(f"tensor {name!r} does not have the bytes of its shape")
         tensors[name] = TensorInfo(path, dtype, shape, 8 + length + begin, 8 + length + end)
     position = 8 + length
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].begin):
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
             raise lie(f"tensor {name!r} overlaps another or leaves a gap")
         position = info.end
@@ -135,7 +138,15 @@ def tensor_entry(name: str, tensor: Tensor) -> Entry:
 def copied_entry(name: str, info: TensorInfo, dtype: torch.dtype | None = None) -> Entry:
     """An entry that copies a tensor's bytes from another file, or casts it if it is a float of another dtype."""
     if dtype is not None and info.dtype.is_floating_point and info.dtype != dtype:
-        return Entry(name, dtype, info.shape, lambda: tensor_entry(name, read_tensor(info).to(dtype)).pieces())
+
+        def cast() -> Iterator[bytes | memoryview]:
+            tensor = read_tensor(info)
+            new = tensor.to(dtype)
+            if torch.isfinite(tensor).all() and not torch.isfinite(new).all():
+                raise NumericsError(f"{name}: does not fit {new.dtype}; use --dtype float32 or bfloat16")
+            yield from tensor_entry(name, new).pieces()
+
+        return Entry(name, dtype, info.shape, cast)
 
     def pieces() -> Iterator[bytes]:
         with info.path.open("rb") as file:

@@ -19,7 +19,7 @@ from ..errors import ModelError
 from .anatomy import Matrix, Skeleton, matrices
 from .checkpoint import Checkpoint
 from .memory import give_back_memory, large_tensors_apart
-from .source import quiet_transformers
+from .source import first_line, quiet_transformers
 
 
 class Host(Protocol):
@@ -61,10 +61,13 @@ class DiskHost:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         config = AutoConfig.from_pretrained(checkpoint.directory)
         source = next((i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point), torch.float32)
-        with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=computing_dtype(device, source)
-            )
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    config, dtype=computing_dtype(device, source)
+                )
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{checkpoint.directory}: config.json describes no model ({first_line(error)})") from None
         self.model.eval().requires_grad_(False)
         self.skeleton = Skeleton(self.model)
         self.names: dict[int | None, list[str]] = {None: []}
@@ -149,6 +152,9 @@ class DiskHost:
         from transformers.core_model_loading import revert_weight_conversion
 
         back: dict[str, Tensor] = revert_weight_conversion(self.model, dict(changed))
+        prefix = f"{self.model.base_model_prefix}."
+        for name in [name for name in back if name not in self.checkpoint.tensors]:
+            back[name.removeprefix(prefix)] = back.pop(name)  # saved without its head, as GPT-2 on the hub
         for name, tensor in back.items():
             info = self.checkpoint.tensors.get(name)
             if info is None or info.shape != tuple(tensor.shape):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -103,9 +104,11 @@ def as_checkpoint(path: Path, scratch: Path, dtype: torch.dtype | None = None) -
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model.save_pretrained(half_written)
             tokenizer.save_pretrained(half_written)
-    except (ValueError, KeyError, NotImplementedError, ImportError, EOFError) as error:
+    except (struct.error, ValueError, KeyError, NotImplementedError, ImportError, EOFError) as error:
         raise ModelError(f"{path}: transformers cannot open this GGUF file ({first_line(error)})") from None
     except OSError as error:
+        if error.errno is None:  # transformers' own, about the file
+            raise ModelError(f"{path}: transformers cannot open this GGUF file ({first_line(error)})") from None
         raise OutputError(f"{scratch}: the GGUF file cannot be dequantised there ({first_line(error)})") from error
     half_written.rename(target)
     return target
@@ -123,8 +126,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise ModelError(f"{directory}: no config.json, so not a Hugging Face model")
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{directory}: transformers cannot read config.json ({first_line(error)})") from None
+    except Exception as error:  # a library's own checks raise their own classes
+        what = " ".join(str(error).split())[:200]
+        raise ModelError(f"{directory}: transformers cannot read config.json ({what})") from None
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")

@@ -112,7 +112,7 @@ def calibration_tokens(
             corpus = from_records(calibration, "the given records")
         if corpus.rows is None:
             return _crops(corpus, tokenizer, wanted, samples is not None, length, seed)
-        given = corpus.name, [torch.tensor(row, dtype=torch.long) for row in corpus.rows]
+        given = corpus.name, _as_tensors(corpus)
     name, rows = given
     rows = [row for row in rows if len(row)]
     if not rows:
@@ -142,7 +142,9 @@ def evaluation_windows(source: str, tokenizer: Any, config: Any, seqlen: int | N
         raise OptionError(f"windows {windows}: at least 1 is needed")
     corpus = read_source(source, "test", characters=None)
     if corpus.rows is not None:
-        rows = [torch.tensor(row, dtype=torch.long) for row in corpus.rows if len(row) > 1]
+        rows = [row for row in _as_tensors(corpus) if len(row) > 1]
+        if windows is not None and windows > len(rows):
+            raise OptionError(f"windows {windows}: {corpus.name} has {len(rows)} rows")
         tokens = Tokens(rows[:windows], corpus.name, sum(map(len, rows)))
         _check_rows(tokens, config)
         return tokens
@@ -171,9 +173,11 @@ def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, 
         return "the given tensor", list(calibration.long().cpu())
     if isinstance(calibration, Mapping) and "input_ids" in calibration:
         ids = calibration["input_ids"]
+        mask = calibration.get("attention_mask")
+        if not isinstance(ids, Tensor) and len(ids) and isinstance(ids[0], int):  # one text, not in a list
+            ids, mask = [ids], None if mask is None else [mask]
         if not isinstance(ids, Tensor):
             ids = [torch.tensor(row, dtype=torch.long) for row in ids]
-        mask = calibration.get("attention_mask")
         if mask is None:
             return "the given batch", [row.long().cpu() for row in ids]
         kept = [row[torch.as_tensor(m).bool()] for row, m in zip(ids, mask, strict=True)]
@@ -198,6 +202,13 @@ def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, 
     if peek is calibration:
         return None
     raise DataError("calibration: the items are neither strings nor tensors; give records as a list")
+
+
+def _as_tensors(corpus: Corpus) -> list[Tensor]:
+    try:
+        return [torch.tensor(row, dtype=torch.long) for row in corpus.rows or []]
+    except (OverflowError, RuntimeError, ValueError):
+        raise DataError(f"{corpus.name}: a token id is no 64-bit number") from None
 
 
 def _crops(corpus: Corpus, tokenizer: Any, wanted: int, explicit: bool, length: int, seed: int) -> Tokens:

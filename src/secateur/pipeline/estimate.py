@@ -36,7 +36,9 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
     if gram:
         distinct = [sum(c * c for c in {columns for _, columns in block.values()}) for block in shapes]
         operations += count * sum(distinct) + sum(2 * r * c * c for block in shapes for r, c in block.values())
-    itemsize = host.dtype.itemsize if host.dtype else 2
+    floats = [i for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
+    itemsize = host.dtype.itemsize if host.dtype else max((i.dtype.itemsize for i in floats), default=2)
+    output = checkpoint.bytes + sum(i.weights * max(0, itemsize - i.dtype.itemsize) for i in floats)
     width = host.model.config.get_text_config().hidden_size
     widest = max((max(shape) for block in shapes for shape in block.values()), default=0)
     outside = sum(checkpoint.tensors[n].weights for n in host.names[None])
@@ -50,7 +52,7 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
         "estimate": {
             "seconds": operations / _operations_per_second(),
             "memory_bytes": RUNTIME_BYTES + 4 * outside + 2 * 4 * largest + sums + activations,
-            "disk_bytes": checkpoint.bytes
+            "disk_bytes": output
             + sum(m.weights for m in plan.matrices if m.name in pruned) * itemsize
             + 2 * count * width * 4,
         },

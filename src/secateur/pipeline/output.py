@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, OutputError
-from ..models.checkpoint import INDEX, Checkpoint, Entry, TensorInfo, copied_entry, index_of, write_safetensors
+from ..models.checkpoint import INDEX, SINGLE, Checkpoint, Entry, TensorInfo, copied_entry, index_of, write_safetensors
 from ..progress import Progress
 from .plan import Plan
 from .run_directory import report_of, write_text
@@ -70,7 +70,7 @@ def write_checkpoint(
             entries.append(entry)
             sizes.setdefault(shard, []).append((name, torch.Size(entry.shape).numel() * entry.dtype.itemsize))
         write_safetensors(target / shard, [_counted(entry, progress) for entry in entries])
-    if len(sizes) > 1:
+    if set(sizes) != {SINGLE}:
         write_text(target / INDEX, index_of(sizes))
     copy_small_files(source.directory, target, dtype)
     progress.finish()

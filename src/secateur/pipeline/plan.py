@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -50,8 +51,9 @@ class Request:
         """Raise OptionError for what can be refused before a model is opened."""
         method = self.parsed_method
         target = default_target(self.sparsity, parse_pattern(self.pattern or method.pattern))
-        example = torch.eye(8)  # meets the method's options with a matrix of no account
-        method(example, Statistics.of(example), target.sparsity, target.pattern)
+        if isinstance(self.method, str):
+            example = torch.eye(8)  # meets the method's options with a matrix of no account
+            method(example, Statistics.of(example), target.sparsity, target.pattern)
         written_dtype(self.dtype)
         if self.propagate not in PROPAGATE:
             raise OptionError(f"unknown propagate {self.propagate!r}: {nearest(self.propagate, PROPAGATE)}")
@@ -166,7 +168,9 @@ def calibration_record(tokens: Tokens, seed: int) -> dict[str, Any]:
 
 def method_name(method: Method) -> str:
     """A caller's own method, by its function's name."""
-    return getattr(method.prune, "__qualname__", type(method.prune).__name__)
+    function = inspect.unwrap(method.prune)
+    options = "".join(f":{key}={value}" for key, value in sorted(method.options.items()))
+    return getattr(function, "__qualname__", type(function).__name__) + options
 
 
 def listed(texts: str | Sequence[str]) -> list[str]:

@@ -81,6 +81,8 @@ def prune_checkpoint(
             run.begin(plan.record)
             announce(plan)
             return _run(run, host, source, tokens, plan, path, progress, evaluate)
+    except OSError as error:
+        raise OutputError(f"{run.path}: cannot be written ({error.strerror})") from error
     finally:
         run.close()
 
@@ -285,7 +287,7 @@ def load_tokenizer(model: str | Path | None) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from ..models.hosts import DiskHost, block_matrices
 from .machine import boot_id
 
 REPORT = "secateur.json"
+
+OURS = re.compile(r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|hidden|output|former|source-.*")
 
 # Entries of the plan that do not change the result.
 COMMENTS = frozenset({"evaluate", "software"})
@@ -49,8 +52,12 @@ class RunDirectory:
         Raises:
             OutputError: another process works on this output, or the directory cannot be made.
         """
+        if not output.name or output.name == "..":
+            raise OutputError(f"{output}: OUTPUT needs a name of its own; give the directory's name")
         self.output = output
         self.path = output.with_name(output.name + ".secateur")
+        if self.path.is_dir() and any(not OURS.fullmatch(child.name) for child in self.path.iterdir()):
+            raise OutputError(f"{self.path}: holds files that are not Secateur's; move them or choose another OUTPUT")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / "lock", timeout=0)
@@ -63,12 +70,16 @@ class RunDirectory:
             raise OutputError(f"{self.path}: cannot be made ({error.strerror})") from None
         if (self.path / "former").exists() and not output.exists():  # killed between the two renames of install
             os.replace(self.path / "former", output)
-        if not resume:
-            self._empty()
+        elif output.exists():  # killed after the second one
+            shutil.rmtree(self.path / "former", ignore_errors=True)
+        if not resume or not (self.path / "plan.json").exists():  # killed while it was being removed
+            self._empty(keep="source-*")
         self.journal = self._read_journal()
 
-    def _empty(self) -> None:
+    def _empty(self, keep: str = "") -> None:
         for child in self.path.iterdir():
+            if keep and child.match(keep):
+                continue
             if child.is_dir():
                 shutil.rmtree(child)
             elif child.name != "lock":
@@ -216,9 +227,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found = []
     for key in sorted((old.keys() | new.keys()) - COMMENTS):
         before, now = old.get(key), json.loads(json.dumps(new.get(key)))
-        if before != now:
+        digests = [value.get("digest") for value in (before, now) if isinstance(value, dict)]
+        if len(digests) == 2 and digests[0] is not None and digests[0] == digests[1]:
+            continue  # the same bytes, however they are called
+        if before != now or (key == "allocation" and json.dumps(before) != json.dumps(now)):
             if isinstance(before, dict) and isinstance(now, dict):
-                inner = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+                inner = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
+                inner.sort(key=lambda k: (k == "digest", k == "tokens", k))
+                if not inner:
+                    found.append(f"{key} in another order: {list(before)!r}, not {list(now)!r}")
+                    continue
                 found.append(f"{key} {inner[0]} {before.get(inner[0])!r}, not {now.get(inner[0])!r}")
             else:
                 found.append(f"{key} {before!r}, not {now!r}")
@@ -258,7 +276,7 @@ def report_of(output: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
+        report: Any = json.loads(path.read_text())
     except ValueError:
         return None
-    return report
+    return report if isinstance(report, dict) and "plan" in report and "schema" in report else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -77,9 +78,16 @@ def from_records(records: Iterable[Any], name: str) -> Corpus:
         if not isinstance(record, Mapping):
             raise DataError(f"{name}: row {number} is no object with text, messages or input_ids")
         if "input_ids" in record:
-            rows.append(list(record["input_ids"]))
+            try:
+                rows.append([operator.index(token) for token in record["input_ids"]])
+            except TypeError:
+                raise DataError(f"{name}: row {number}: input_ids is no list of whole numbers") from None
         elif "messages" in record or "text" in record:
-            texts.append(record["messages"] if "messages" in record else record["text"])
+            text = record["messages"] if "messages" in record else record["text"]
+            chat = isinstance(text, list) and all(isinstance(message, Mapping) for message in text)
+            if not isinstance(text, str) and not chat:
+                raise DataError(f"{name}: row {number}: neither a text nor a list of messages")
+            texts.append(text)
         else:
             raise DataError(f"{name}: row {number} has none of the fields text, messages, input_ids")
     if texts and rows:
@@ -108,7 +116,12 @@ def _file(path: Path) -> Corpus:
     try:
         if path.suffix == ".parquet":
             datasets = _datasets(str(path))
-            return from_records(datasets.Dataset.from_parquet(str(path)), name)
+            try:
+                records = datasets.Dataset.from_parquet(str(path))
+            except Exception as error:  # pyarrow's and datasets' own
+                what = " ".join(str(error).split())[:120]
+                raise DataError(f"{path}: is not a parquet file ({what})") from None
+            return from_records(records, name)
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not UTF-8 text") from None
@@ -126,7 +139,7 @@ def _file(path: Path) -> Corpus:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -158,9 +171,8 @@ def _hub(name: str, dataset: str, config: str | None, split: str, column: str, c
     except Exception as error:  # whatever the hub, the network or the data set's own script raises
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{name}: the data set {dataset} cannot be read ({str(error).strip().splitlines()[0][:120]}); {OFFLINE}"
-        ) from None
+        what = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise DataError(f"{name}: the data set {dataset} cannot be read ({what}); {OFFLINE}") from None
     return from_records(records, name)
 
 
