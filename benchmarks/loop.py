@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 from secateur.models.hosts import DiskHost
-from secateur.models.source import as_checkpoint, locate, open_checkpoint
+from secateur.models.source import as_checkpoint, load_tokenizer, locate, open_checkpoint
 from secateur.pipeline.calibration import calibration_tokens
 from secateur.pipeline.plan import Request, make_plan
-from secateur.pipeline.prune import load_tokenizer
 from secateur.pipeline.run_directory import DiskRun, RunDirectory
 from secateur.pipeline.stream import Stream, prune_blocks
 from secateur.progress import Silent

@@ -17,11 +17,12 @@ from .evaluation.inspection import inspect_matrices
 from .evaluation.perplexity import perplexity
 from .evaluation.records import record_evaluation
 from .models.hosts import DiskHost, Host, LiveHost
-from .models.source import as_checkpoint, locate, open_checkpoint, quiet_transformers
+from .models.source import as_checkpoint, load_tokenizer, locate, open_checkpoint, quiet_transformers
 from .pipeline.calibration import Tokens, evaluation_windows
+from .pipeline.live import prune_live
 from .pipeline.machine import choose_device
 from .pipeline.plan import Request
-from .pipeline.prune import load_tokenizer, prune_checkpoint, prune_live
+from .pipeline.prune import prune_checkpoint
 from .progress import Progress
 from .pruning import Method
 from .report.terminal import terminal_progress

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import DataError, OptionError
-from ..models.source import quiet_transformers
+from ..models.source import load_tokenizer, quiet_transformers
+from ..pipeline.calibration import context_length
 
 
 def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.device) -> str:
@@ -18,9 +19,6 @@ def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.d
         DataError: the prompt is empty, or the model has no tokenizer.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..pipeline.calibration import context_length
-    from ..pipeline.prune import load_tokenizer
 
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:

@@ -114,6 +114,18 @@ def as_checkpoint(path: Path, scratch: Path, dtype: torch.dtype | None = None) -
     return target
 
 
+def load_tokenizer(model: str | Path | None) -> Any:
+    """Return the tokenizer of a model's directory or hub id, or None if it has none."""
+    if not model or not str(model):
+        return None
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model)
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Open a model's directory after asking its config whether Secateur can prune it.
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..errors import OptionError
 
 
 def peak_memory_bytes() -> int | None:
@@ -51,8 +55,6 @@ def software() -> dict[str, Any]:
 
 def choose_device(device: str) -> torch.device:
     """``auto`` is the first GPU, else the CPU."""
-    from ..errors import OptionError
-
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -61,3 +63,14 @@ def choose_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise OptionError(f"device {device!r}: not on this machine; use auto or cpu") from None
     return chosen
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with `count` threads for a while; None leaves it alone."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(count or former)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)

@@ -1,0 +1,116 @@
+"""Pruning a model in memory, in place: the same loop."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import OutputError, ResumeError, SecateurError
+from ..models.hosts import LiveHost
+from ..models.source import load_tokenizer, quiet_transformers
+from ..progress import Progress
+from .calibration import calibration_tokens
+from .machine import peak_memory_bytes, threads
+from .output import check_output, make_report
+from .plan import Request, announce, make_plan
+from .run_directory import REPORT, RunDirectory, write_text
+from .stream import Stream, prune_blocks
+
+
+class LiveRun:
+    """The results of a model in memory: its new weights are in it already."""
+
+    def __init__(self) -> None:
+        self.blocks: list[dict[str, Any]] = []
+
+    @property
+    def done(self) -> int:
+        """How many blocks are finished."""
+        return len(self.blocks)
+
+    def keep(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        """The loop writes new weights into the resident block, which is the model's own."""
+
+    def finish(self, index: int, record: dict[str, Any]) -> None:
+        """Note that a block is finished."""
+        self.blocks.append(record)
+
+
+def prune_live(
+    model: PreTrainedModel, request: Request, progress: Progress, *, tokenizer: Any = None, output: Path | None = None
+) -> dict[str, Any]:
+    """Prune a model in memory, in place; it leaves as it came but for its zeros.
+
+    Args:
+        model: the model.
+        request: the options; dtype and device are the model's own.
+        progress: hears of the work.
+        tokenizer: in place of that of ``model.name_or_path``.
+        output: where to save the result too.
+
+    Returns:
+        The report.
+
+    Raises:
+        SecateurError: whatever went wrong; the message names the blocks that were pruned before it.
+    """
+    request.check()
+    if output is not None:
+        check_output(output, Path(model.name_or_path or "."), overwrite=False)
+        if output.exists() and any(output.iterdir()):
+            raise OutputError(f"{output}: is not empty; choose another directory")
+    started = time.perf_counter()
+    host, results = LiveHost(model), LiveRun()
+    try:
+        with threads(request.threads), host.borrowed(), tempfile.TemporaryDirectory() as folder:
+            tokens = None
+            if request.parsed_method.needs:
+                tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+                tokens = calibration_tokens(
+                    request.calibration, tokenizer, model.config, request.samples, request.seqlen, request.seed
+                )
+            plan = make_plan(request, host, {"name": model.name_or_path, "digest": None}, tokens)
+            announce(plan)
+            stream = Stream(host, tokens.rows, Path(folder)) if tokens else None
+            prune_blocks(host, plan.job, stream, results, progress)
+    except SecateurError as error:
+        if results.done:
+            raise type(error)(f"{error} (blocks 0 to {results.done - 1} are already pruned)") from error
+        raise
+    report = make_report(
+        plan,
+        results.blocks,
+        seconds={"pruning": sum(b["seconds"] for b in results.blocks), "this_process": time.perf_counter() - started},
+        peak_memory_bytes=peak_memory_bytes(),
+        bytes=None,
+        evaluation=None,
+    )
+    if output is not None:
+        _save_live(model, tokenizer, output, report)
+    return report
+
+
+def _save_live(model: PreTrainedModel, tokenizer: Any, output: Path, report: Mapping[str, Any]) -> None:
+    run = RunDirectory(output)
+    try:
+        if run.blocks:
+            raise ResumeError(f"{run.path}: holds another unfinished run; finish or remove it first")
+        target = run.path / "output"
+        with quiet_transformers():
+            model.save_pretrained(target)
+        tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        write_text(target / REPORT, json.dumps(report, indent=1))
+        run.install()
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror})") from error
+    finally:
+        run.close()
