@@ -17,7 +17,7 @@ def demo() -> int:
     code = main(
         [
             *("prune", "smollm2", str(OUTPUT), "--method", "wanda", "--sparsity", "0.5", "--overwrite"),
-            *("--calibration", "sotu:train", "--samples", "32", "--seqlen", "512"),
+            *("--calibration", "sotu:train", "--samples", "48", "--seqlen", "256"),
             *("--evaluate", "sotu:test"),
         ]
     )
