@@ -224,5 +224,5 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch, error):
 
 def test_without_the_datasets_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'secateur\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install datasets"):
         read_source("c4", "train")
