@@ -108,7 +108,7 @@ def prune(
     request = Request(
         method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
         seed=seed, allocation=allocation, propagate=propagate, include=include, exclude=exclude, dtype=dtype,
-        device=device, threads=threads,
+        device=device, threads=threads, evaluate=evaluate,
     )  # fmt: skip
     if isinstance(model, PreTrainedModel) or output is None:
         if evaluate or dry_run or dtype != "auto":

@@ -14,21 +14,6 @@ from tiny import files_below, rows, same_bytes, tensors_of
 ROWS = [torch.arange(3, 3 + n) for n in (24, 24, 17, 17, 17)]
 
 
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch):
-    monkeypatch.setattr("secateur.pipeline.estimate._operations_per_second", lambda: 1e9)
-
-
-@pytest.fixture(scope="module")
-def model(model_directory):
-    return model_directory("llama", "bfloat16", max_shard_size="24KB")
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 def test_two_processes_do_not_share_an_output(model, out):
     first = RunDirectory(out)
     with pytest.raises(OutputError, match="another process"):

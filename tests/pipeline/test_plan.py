@@ -16,11 +16,6 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch):
-    monkeypatch.setattr("secateur.pipeline.estimate._operations_per_second", lambda: 1e9)
-
-
 def prune(**options):
     """Prune a live model by magnitude; return each matrix's target, or None if it stayed dense."""
     model = tiny_model("llama")

@@ -81,9 +81,13 @@ class Matrix:
         weight: Tensor = self.weight.detach()
         return weight.T if self.transposed else weight
 
+    def to_parameter(self, W_OI: Tensor) -> Tensor:
+        """Return weights [out, in] in the parameter's own layout."""
+        return W_OI.T.contiguous() if self.transposed else W_OI
+
     def write(self, W_OI: Tensor) -> None:
         """Put new weights [out, in] into the resident parameter."""
-        self.weight.data.copy_(W_OI.T if self.transposed else W_OI)
+        self.weight.data.copy_(self.to_parameter(W_OI))
         self.weight.changed = True
 
 
@@ -195,23 +199,22 @@ class Skeleton:
         finally:
             self.blocks[index] = stub
 
-    def _run(self, handler: Handler, ids_BT: Tensor, head: bool = False) -> Tensor | None:
+    @contextmanager
+    def _stubbed(self, handler: Handler) -> Iterator[None]:
+        """Put stubs into the places of all blocks for a while."""
         for index, block in enumerate(self.real):
             self.blocks[index] = _Stub(block, index, handler)
         try:
             with torch.no_grad():
-                if head:
-                    logits: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
-                    return logits
-                self.model.base_model(input_ids=ids_BT, use_cache=False)
-                return None
+                yield
         finally:
             for index, block in enumerate(self.real):
                 self.blocks[index] = block
 
     def through(self, ids_BT: Tensor, handler: Handler) -> None:
         """Run the model up to its head, with `handler` in place of every block."""
-        self._run(handler, ids_BT)
+        with self._stubbed(handler):
+            self.model.base_model(input_ids=ids_BT, use_cache=False)
 
     def record(self, ids_BT: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return the hidden state before the first block [B, T, D], and each block's call."""
@@ -224,7 +227,7 @@ class Skeleton:
             calls.append(call)
             return (hidden,) if self.returns_tuple else hidden
 
-        self._run(handler, ids_BT)
+        self.through(ids_BT, handler)
         return first[0], calls
 
     def logits(self, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
@@ -233,8 +236,8 @@ class Skeleton:
         def handler(index: int, call: BlockCall, hidden: Tensor) -> Any:
             return (hidden_BTD,) if self.returns_tuple else hidden_BTD
 
-        logits = self._run(handler, ids_BT, head=True)
-        assert logits is not None
+        with self._stubbed(handler):
+            logits: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
         return logits
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import OutputError, ResumeError, SecateurError
+from ..errors import OutputError, SecateurError
 from ..models.hosts import LiveHost
 from ..models.source import load_tokenizer, quiet_transformers
 from ..progress import Progress
@@ -20,7 +20,7 @@ from .calibration import calibration_tokens
 from .machine import peak_memory_bytes, threads
 from .output import check_output, make_report
 from .plan import Request, announce, make_plan
-from .run_directory import REPORT, RunDirectory, write_text
+from .run_directory import REPORT, RunDirectory, run_path, write_text
 from .stream import Stream, prune_blocks
 
 
@@ -66,6 +66,8 @@ def prune_live(
         check_output(output, Path(model.name_or_path or "."), overwrite=False)
         if output.exists() and any(output.iterdir()):
             raise OutputError(f"{output}: is not empty; choose another directory")
+        if (unfinished := run_path(output)).exists():
+            raise OutputError(f"{unfinished}: holds an unfinished run; finish it, remove it, or choose another OUTPUT")
     started = time.perf_counter()
     host, results = LiveHost(model), LiveRun()
     try:
@@ -100,8 +102,6 @@ def prune_live(
 def _save_live(model: PreTrainedModel, tokenizer: Any, output: Path, report: Mapping[str, Any]) -> None:
     run = RunDirectory(output)
     try:
-        if run.blocks:
-            raise ResumeError(f"{run.path}: holds another unfinished run; finish or remove it first")
         target = run.path / "output"
         with quiet_transformers():
             model.save_pretrained(target)

@@ -46,6 +46,7 @@ class Request:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
+    evaluate: str | None = None
 
     def check(self) -> None:
         """Raise OptionError for what can be refused before a model is opened."""
@@ -123,6 +124,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "device": str(host.device),
         "threads": torch.get_num_threads(),
         "micro_batch_tokens": MICRO_BATCH_TOKENS,
+        "evaluate": {"source": request.evaluate, "seqlen": request.seqlen} if request.evaluate else None,
         "software": software(),
     }
     return Plan(Job(method, allocate(chosen, default, rules), request.propagate), chosen, record)

@@ -77,7 +77,7 @@ def prune_checkpoint(
             announce(plan)
             return _run(run, host, source, tokens, plan, path, progress, evaluate)
     except OSError as error:
-        raise OutputError(f"{run.path}: cannot be written ({error.strerror})") from error
+        raise OutputError(f"{run.path}: cannot be written ({error.strerror or error})") from error
     finally:
         run.close()
 
@@ -122,7 +122,7 @@ def _run(
     started = time.perf_counter()
     needed = estimate(plan, host, tokens)["estimate"]["disk_bytes"]
     check_room(run.path, 0 if run.blocks else needed, "this run")
-    before = _evaluated(run, "before", source.directory, evaluate)
+    before = _evaluated(run, plan, "before", source.directory, evaluate)
     results = DiskRun(run, host)
     if results.done:
         log.info("going on from block %d of %d", results.done + 1, len(host.skeleton.real))
@@ -133,7 +133,7 @@ def _run(
             stream.close()
     target = run.path / "output"
     write_checkpoint(source, [run.block_tensors(i) for i in range(results.done)], target, host.dtype, progress)
-    after = _evaluated(run, "after", target, evaluate)
+    after = _evaluated(run, plan, "after", target, evaluate)
     report = make_report(
         plan,
         run.blocks,
@@ -156,15 +156,18 @@ def _bytes(source: Path, checkpoint: Checkpoint, target: Path) -> dict[str, int]
     }
 
 
-def _evaluated(run: RunDirectory, when: str, directory: Path, evaluate: Evaluate | None) -> dict[str, Any] | None:
+def _evaluated(
+    run: RunDirectory, plan: Plan, when: str, directory: Path, evaluate: Evaluate | None
+) -> dict[str, Any] | None:
     if evaluate is None:
         return None
+    what = {"evaluated": when, "of": plan.record["evaluate"]}  # another text may be asked for on resume
     for line in run.journal:
-        if line.get("evaluated") == when:
+        if what.items() <= line.items():
             result: dict[str, Any] = line["result"]
             return result
     result = evaluate(directory)
-    run.note({"evaluated": when, "result": result})
+    run.note({**what, "result": result})
     return result
 
 

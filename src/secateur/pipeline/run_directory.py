@@ -52,10 +52,7 @@ class RunDirectory:
         Raises:
             OutputError: another process works on this output, or the directory cannot be made.
         """
-        if not output.name or output.name == "..":
-            raise OutputError(f"{output}: OUTPUT needs a name of its own; give the directory's name")
-        self.output = output
-        self.path = output.with_name(output.name + ".secateur")
+        self.output, self.path = output, run_path(output)
         if self.path.is_dir() and any(not OURS.fullmatch(child.name) for child in self.path.iterdir()):
             raise OutputError(f"{self.path}: holds files that are not Secateur's; move them or choose another OUTPUT")
         try:
@@ -193,6 +190,17 @@ class RunDirectory:
                 self.forget()
 
 
+def run_path(output: Path) -> Path:
+    """Return the path of an output's run directory.
+
+    Raises:
+        OutputError: the output is ``.`` or ``..``, beside which nothing can lie.
+    """
+    if not output.name or output.name == "..":
+        raise OutputError(f"{output}: OUTPUT needs a name of its own; give the directory's name")
+    return output.with_name(output.name + ".secateur")
+
+
 class DiskRun:
     """The loop's results on their way into a run directory."""
 
@@ -207,10 +215,7 @@ class DiskRun:
     def keep(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Write a block's new weights [out, in] under their names on disk."""
         matrices = block_matrices(self.host, index)
-        changed = {
-            matrices[name].parameter: (W.T.contiguous() if matrices[name].transposed else W)
-            for name, W in weights.items()
-        }
+        changed = {matrices[name].parameter: matrices[name].to_parameter(W) for name, W in weights.items()}
         self.directory.write_block(index, self.host.on_disk(changed) if changed else {})
 
     def finish(self, index: int, record: dict[str, Any]) -> None:
