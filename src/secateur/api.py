@@ -67,6 +67,7 @@ def prune(
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = True,
+    trust_remote_code: bool = False,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -88,7 +89,8 @@ def prune(
         seqlen: tokens of a sequence; None is min(2048, context).
         seed: of the random crops.
         allocation: ``uniform``, a YAML file, a mapping of blocks or expressions to sparsities, or one number a block.
-        propagate: what later blocks see: ``block``, the pruned ones before them, or ``dense``, the unpruned model.
+        propagate: what later matrices see: ``block``, the pruned blocks before them; ``dense``, the unpruned model;
+            ``sequential``, every pruned matrix before them, at the cost of one forward in place of two.
         include: expressions; only matrices in whose name one is found.
         exclude: expressions; no matrix in whose name one is found.
         dtype: of the written tensors; ``auto`` is the source's.
@@ -98,6 +100,7 @@ def prune(
         dry_run: plan and estimate only; the report is the plan.
         overwrite: replace an earlier result of Secateur.
         resume: go on with an unfinished run.
+        trust_remote_code: let Python code that comes with the model run.
         tokenizer: in place of the model's own.
         progress: hears of the work; None draws a bar if stderr is a terminal.
 
@@ -108,7 +111,7 @@ def prune(
     request = Request(
         method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
         seed=seed, allocation=allocation, propagate=propagate, include=include, exclude=exclude, dtype=dtype,
-        device=device, threads=threads, evaluate=evaluate,
+        device=device, threads=threads, evaluate=evaluate, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if isinstance(model, PreTrainedModel) or output is None:
         if evaluate or dry_run or dtype != "auto":
@@ -125,8 +128,9 @@ def prune(
         return PruneResult(live, target, report)
 
     def measure(directory: Path) -> dict[str, Any]:
-        host = DiskHost(open_checkpoint(directory), choose_device(device))
-        tokens = _windows(str(evaluate), host, tokenizer or load_tokenizer(directory), seqlen, None)
+        host = DiskHost(open_checkpoint(directory, trust_remote_code), choose_device(device))
+        words = tokenizer or load_tokenizer(directory, trust_remote_code)
+        tokens = _windows(str(evaluate), host, words, seqlen, None)
         tokens = Tokens(tokens.rows[:EVALUATE_WINDOWS], tokens.source, tokens.available)
         with tempfile.TemporaryDirectory() as folder:
             return perplexity(host, tokens, Path(folder), progress)
@@ -146,6 +150,7 @@ def evaluate(
     windows: int | None = None,
     device: str = "auto",
     record: bool = True,
+    trust_remote_code: bool = False,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -158,6 +163,7 @@ def evaluate(
         windows: how many windows; None is all.
         device: where to compute.
         record: append the result to ``evaluations.jsonl`` if the model is a directory that Secateur wrote.
+        trust_remote_code: let Python code that comes with the model run.
         tokenizer: in place of the model's own.
         progress: hears of the work; None draws a bar if stderr is a terminal.
 
@@ -171,32 +177,37 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, PreTrainedModel):
             live = LiveHost(model)
-            tokens = _windows(text, live, tokenizer or load_tokenizer(model.name_or_path), seqlen, windows)
+            words = tokenizer or load_tokenizer(model.name_or_path, trust_remote_code)
+            tokens = _windows(text, live, words, seqlen, windows)
             with live.borrowed():
                 return perplexity(live, tokens, Path(folder), progress)
-        with _opened(model, device) as host:
-            tokens = _windows(text, host, tokenizer or load_tokenizer(host.checkpoint.directory), seqlen, windows)
+        with _opened(model, device, trust_remote_code) as host:
+            words = tokenizer or load_tokenizer(host.checkpoint.directory, trust_remote_code)
+            tokens = _windows(text, host, words, seqlen, windows)
             found = perplexity(host, tokens, Path(folder), progress)
             if record:
                 record_evaluation(host.checkpoint.directory, found)
             return found
 
 
-def inspect(model: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def inspect(model: str | Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Look at a checkpoint's matrices: shape, sparsity, pattern, format, bytes.
 
     Args:
         model: directory, hub id, ``.gguf`` file or ``smollm2``.
+        trust_remote_code: let Python code that comes with the model run.
         progress: hears of the work; None draws a bar if stderr is a terminal.
 
     Raises:
         SecateurError: one line that says what, where, and what to do.
     """
-    with _opened(model, "cpu") as host:
+    with _opened(model, "cpu", trust_remote_code) as host:
         return inspect_matrices(host, progress or terminal_progress(lines=False))
 
 
-def generate(model: str | Path, prompt: str, *, tokens: int = 40, device: str = "auto") -> str:
+def generate(
+    model: str | Path, prompt: str, *, tokens: int = 40, device: str = "auto", trust_remote_code: bool = False
+) -> str:
     """Return what a model writes after a prompt, always taking the likeliest token.
 
     Args:
@@ -204,20 +215,21 @@ def generate(model: str | Path, prompt: str, *, tokens: int = 40, device: str = 
         prompt: how the text begins.
         tokens: how many tokens are added at most.
         device: where to compute.
+        trust_remote_code: let Python code that comes with the model run.
 
     Raises:
         SecateurError: one line that says what, where, and what to do.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        directory = as_checkpoint(locate(str(model)), Path(scratch))
-        return continue_text(directory, prompt, tokens, choose_device(device))
+        directory = as_checkpoint(locate(str(model), trust_remote_code), Path(scratch))
+        return continue_text(directory, prompt, tokens, choose_device(device), trust_remote_code=trust_remote_code)
 
 
 @contextmanager
-def _opened(model: str | Path, device: str) -> Iterator[DiskHost]:
+def _opened(model: str | Path, device: str, trust_remote_code: bool) -> Iterator[DiskHost]:
     with tempfile.TemporaryDirectory() as scratch:
-        directory = as_checkpoint(locate(str(model)), Path(scratch))
-        yield DiskHost(open_checkpoint(directory), choose_device(device))
+        directory = as_checkpoint(locate(str(model), trust_remote_code), Path(scratch))
+        yield DiskHost(open_checkpoint(directory, trust_remote_code), choose_device(device))
 
 
 def _windows(text: str, host: Host, tokenizer: Any, seqlen: int | None, windows: int | None) -> Tokens:
@@ -227,9 +239,10 @@ def _windows(text: str, host: Host, tokenizer: Any, seqlen: int | None, windows:
 def _load(model: str, request: Request) -> tuple[PreTrainedModel, Any]:
     request.check()
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
-        directory = as_checkpoint(locate(model), Path(scratch))
-        open_checkpoint(directory)
+        trusted = request.trust_remote_code
+        directory = as_checkpoint(locate(model, trusted), Path(scratch))
+        open_checkpoint(directory, trusted)
         device = choose_device(request.device)
-        live: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        live: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=trusted)
         model_in_memory: PreTrainedModel = live.to(device)
-        return model_in_memory, load_tokenizer(directory)
+        return model_in_memory, load_tokenizer(directory, trusted)

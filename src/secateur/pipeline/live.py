@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import OutputError, SecateurError
 from ..models.hosts import LiveHost
+from ..models.matrices import Matrix
 from ..models.source import load_tokenizer, quiet_transformers
 from ..progress import Progress
 from .calibration import calibration_tokens
+from .loop import prune_blocks
 from .machine import peak_memory_bytes, threads
 from .output import check_output, make_report
 from .plan import Request, announce, make_plan
 from .run_directory import REPORT, RunDirectory, run_path, write_text
-from .stream import Stream, prune_blocks
+from .stream import Stream
 
 
 class LiveRun:
@@ -35,8 +38,19 @@ class LiveRun:
         """How many blocks are finished."""
         return len(self.blocks)
 
-    def keep(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        """The loop writes new weights into the resident block, which is the model's own."""
+    @contextmanager
+    def guarded(self, block: nn.Module) -> Iterator[None]:
+        """Give a block its former weights back after an error."""
+        former = [parameter.detach().clone() for parameter in block.parameters()]
+        try:
+            yield
+        except BaseException:
+            for parameter, weights in zip(block.parameters(), former, strict=True):
+                parameter.data.copy_(weights)
+            raise
+
+    def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
+        """The resident block is the model's own."""
 
     def finish(self, index: int, record: dict[str, Any]) -> None:
         """Note that a block is finished."""
@@ -74,7 +88,7 @@ def prune_live(
         with threads(request.threads), host.borrowed(), tempfile.TemporaryDirectory() as folder:
             tokens = None
             if request.parsed_method.needs:
-                tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+                tokenizer = tokenizer or load_tokenizer(model.name_or_path, request.trust_remote_code)
                 tokens = calibration_tokens(
                     request.calibration, tokenizer, model.config, request.samples, request.seqlen, request.seed
                 )

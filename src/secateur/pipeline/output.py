@@ -72,7 +72,7 @@ def write_checkpoint(
         write_safetensors(target / shard, [_counted(entry, progress) for entry in entries])
     if set(sizes) != {SINGLE}:
         write_text(target / INDEX, index_of(sizes))
-    copy_small_files(source.directory, target, dtype)
+    copy_small_files(source, target, dtype)
     progress.finish()
 
 
@@ -84,15 +84,15 @@ def _counted(entry: Entry, progress: Progress) -> Entry:
     return entry._replace(pieces=pieces)
 
 
-def copy_small_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+def copy_small_files(source: Checkpoint, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy config, tokenizer, generation config and licence; the config names the dtype that was written.
 
     Raises:
         OutputError: the disk refuses.
     """
     try:
-        for pattern in SMALL_FILES:
-            for path in source.glob(pattern):
+        for pattern in (*SMALL_FILES, *(["*.py"] if source.trust_remote_code else [])):
+            for path in source.directory.glob(pattern):
                 if path.is_file() and not path.name.endswith(".index.json") and path.name != "secateur.json":
                     shutil.copyfile(path, target / path.name)
     except OSError as error:
@@ -117,10 +117,12 @@ def make_report(plan: Plan, blocks: Sequence[dict[str, Any]], **facts: Any) -> d
     """
     matrices = [{**matrix, "block": block["block"]} for block in blocks for matrix in block["matrices"]]
     wanted = {name for name, target in plan.job.targets.items() if target.sparsity}
-    missing = wanted - {matrix["name"] for matrix in matrices}
+    unobserved = {name for block in blocks for name in block.get("unobserved", ())}
+    missing = wanted - unobserved - {matrix["name"] for matrix in matrices}
     if missing:
         raise ModelError(f"{min(missing)}: was planned and not pruned; this is a defect of Secateur, please report it")
-    weights = sum(matrix.weights for matrix in plan.matrices)
+    left_out = sorted(unobserved | {matrix.name for matrix in plan.unreadable})
+    weights = sum(matrix.weights for matrix in plan.matrices + plan.unreadable)
     zeros = sum(matrix["zeros"] for matrix in matrices)
     for matrix in matrices:
         matrix["sparsity"] = matrix["zeros"] / (matrix["shape"][0] * matrix["shape"][1])
@@ -131,6 +133,7 @@ def make_report(plan: Plan, blocks: Sequence[dict[str, Any]], **facts: Any) -> d
         "weights": weights,
         "zeros": zeros,
         "dense_matrices": sorted(set(plan.job.targets) - wanted),
+        "left_out": left_out,
         "blocks": [{key: block[key] for key in ("block", "seconds", "output_error")} for block in blocks],
         "matrices": matrices,
         **facts,

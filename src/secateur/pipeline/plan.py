@@ -15,15 +15,17 @@ import yaml
 
 from ..errors import OptionError, nearest
 from ..models.hosts import Host, block_matrices
+from ..models.matrices import unreadable
 from ..pruning import NM, Method, Statistics, allocate, mean_sparsity, parse_method, parse_pattern
 from ..pruning.allocation import MatrixInfo, Rules, default_target
 from .calibration import Tokens
+from .loop import Job, check_left_out
 from .machine import software
-from .stream import MICRO_BATCH_TOKENS, Job
+from .stream import MICRO_BATCH_TOKENS
 
 log = logging.getLogger("secateur")
 
-PROPAGATE = ("block", "dense")
+PROPAGATE = ("block", "dense", "sequential")
 ALLOCATIONS = ("uniform",)
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -47,6 +49,7 @@ class Request:
     device: str = "auto"
     threads: int | None = None
     evaluate: str | None = None
+    trust_remote_code: bool = False
 
     def check(self) -> None:
         """Raise OptionError for what can be refused before a model is opened."""
@@ -76,10 +79,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request, resolved for one model: what happens to each matrix, and the record of it."""
+    """A request, resolved for one model: what happens to each matrix, and the record of it.
+
+    Attributes:
+        job: what the loop is to do.
+        matrices: that were selected.
+        unreadable: fused weights that were selected too and stay dense, because their layout is unknown.
+        record: the frozen plan, as it is written.
+    """
 
     job: Job
     matrices: list[MatrixInfo]
+    unreadable: list[MatrixInfo]
     record: dict[str, Any]
 
     @property
@@ -102,12 +113,19 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
     """
     method = request.parsed_method
     default = default_target(request.sparsity, parse_pattern(request.pattern or method.pattern))
-    every = [
-        MatrixInfo(name, index, matrix.shape[0] * matrix.shape[1])
-        for index in range(len(host.skeleton.real))
-        for name, matrix in block_matrices(host, index).items()
-    ]
+    every: list[MatrixInfo] = []
+    closed: set[str] = set()
+    for index, block in enumerate(host.skeleton.real):
+        every += [MatrixInfo(name, index, matrix.weights) for name, matrix in block_matrices(host, index).items()]
+        fused = unreadable(block, f"{host.skeleton.path}.{index}")
+        every += [MatrixInfo(name, index, weights) for name, weights in fused.items()]
+        closed |= fused.keys()
     chosen = select(every, listed(request.include), listed(request.exclude))
+    check_left_out(
+        closed & {m.name for m in chosen},
+        {m.name: m.weights for m in chosen},
+        "a fused weight that transformers does not run through its experts interface, so its layout is unknown",
+    )
     rules = allocation_rules(request.allocation)
     record = {
         "model": dict(model),
@@ -127,7 +145,9 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "evaluate": {"source": request.evaluate, "seqlen": request.seqlen} if request.evaluate else None,
         "software": software(),
     }
-    return Plan(Job(method, allocate(chosen, default, rules), request.propagate), chosen, record)
+    readable = [m for m in chosen if m.name not in closed]
+    targets = allocate(readable, default, rules)
+    return Plan(Job(method, targets, request.propagate), readable, [m for m in chosen if m.name in closed], record)
 
 
 def announce(plan: Plan) -> None:

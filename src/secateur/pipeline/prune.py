@@ -7,21 +7,24 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
 from ..models.checkpoint import Checkpoint, digest
 from ..models.hosts import DiskHost
+from ..models.matrices import watching
 from ..models.source import as_checkpoint, load_tokenizer, locate, open_checkpoint
 from ..progress import Progress
 from .calibration import Tokens, calibration_tokens
 from .estimate import estimate
+from .loop import prune_blocks
 from .machine import choose_device, peak_memory_bytes, threads
 from .output import check_output, make_report, write_checkpoint
 from .plan import Plan, Request, announce, make_plan, written_dtype
 from .run_directory import REPORT, DiskRun, RunDirectory, check_room, differences, report_of, write_text
-from .stream import Stream, prune_blocks
+from .stream import Stream
 
 log = logging.getLogger("secateur")
 
@@ -57,7 +60,7 @@ def prune_checkpoint(
         The report, equal to ``secateur.json``.
     """
     request.check()
-    path = locate(model)
+    path = locate(model, request.trust_remote_code)
     check_output(output, path, overwrite)
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch, threads(request.threads):
@@ -86,11 +89,11 @@ def _prepare(
     model: str, path: Path, scratch: Path, request: Request, progress: Progress, tokenizer: Any
 ) -> tuple[DiskHost, Tokens | None, Plan, Checkpoint]:
     dtype = written_dtype(request.dtype)
-    source = open_checkpoint(as_checkpoint(path, scratch, dtype))
+    source = open_checkpoint(as_checkpoint(path, scratch, dtype), request.trust_remote_code)
     host = DiskHost(source, choose_device(request.device), dtype)
     tokens = None
     if request.parsed_method.needs:
-        tokenizer = tokenizer or load_tokenizer(source.directory)
+        tokenizer = tokenizer or load_tokenizer(source.directory, request.trust_remote_code)
         tokens = calibration_tokens(
             request.calibration, tokenizer, host.model.config, request.samples, request.seqlen, request.seed
         )
@@ -181,8 +184,14 @@ def _stream(
     stream = Stream(host, tokens.rows, run.path / "hidden")
     progress.start("repeating hidden states", done * len(stream.batches))
     for index in range(done):
-        written = results.written(index) if plan.job.propagate == "block" else None
-        with host.block(index, written) as block:
+        written = None if plan.job.propagate == "dense" else results.written(index)
+        with host.block(index, written) as block, _as_first_run(host, plan, index):
             stream.forward(index, block, progress)
     progress.finish()
     return stream
+
+
+def _as_first_run(host: DiskHost, plan: Plan, index: int) -> AbstractContextManager[None]:
+    """Repeat a forward as it was: under "sequential" it was watched, which changes the last bits of experts."""
+    watched = plan.job.chosen(host, index) if plan.job.propagate == "sequential" else {}
+    return watching(watched, lambda inputs: None)

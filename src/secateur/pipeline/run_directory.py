@@ -19,16 +19,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OutputError, ResumeError
 from ..models.checkpoint import TensorInfo, read_header, read_tensor, tensor_entry, write_safetensors
-from ..models.hosts import DiskHost, block_matrices
+from ..models.hosts import DiskHost
+from ..models.matrices import Matrix
 from .machine import boot_id
 
 REPORT = "secateur.json"
@@ -212,10 +214,13 @@ class DiskRun:
         """How many blocks are finished."""
         return len(self.directory.blocks)
 
-    def keep(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        """Write a block's new weights [out, in] under their names on disk."""
-        matrices = block_matrices(self.host, index)
-        changed = {matrices[name].parameter: matrices[name].to_parameter(W) for name, W in weights.items()}
+    def guarded(self, block: nn.Module) -> AbstractContextManager[None]:
+        """A block from disk is dropped after an error."""
+        return nullcontext()
+
+    def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
+        """Write the parameters of a resident block's pruned matrices under their names on disk."""
+        changed = {m.parameter: m.weight.detach().to(self.host.written_dtype(m)) for m in pruned}
         self.directory.write_block(index, self.host.on_disk(changed) if changed else {})
 
     def finish(self, index: int, record: dict[str, Any]) -> None:
