@@ -6,13 +6,14 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 STAMP := .venv/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check families clean
 
 help:
 	@echo 'make setup   create .venv with everything pinned in constraints.txt'
 	@echo 'make demo    prune a small real model and show what came of it'
 	@echo 'make test    run the tests'
-	@echo 'make check   lint, formatting, types and tests'
+	@echo 'make check   lint, formatting, types and tests with coverage'
+	@echo 'make families  try every family of decoders, and list them in the README'
 	@echo 'make clean   remove caches and build products (keeps .venv)'
 
 setup: $(STAMP)
@@ -37,7 +38,10 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov=secateur --cov-report=term-missing:skip-covered
+
+families: setup
+	PYTHONPATH=tests $(BIN)/python tests/test_families.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

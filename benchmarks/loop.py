@@ -18,15 +18,18 @@ import torch
 from secateur.models.hosts import DiskHost
 from secateur.models.source import as_checkpoint, load_tokenizer, locate, open_checkpoint
 from secateur.pipeline.calibration import calibration_tokens
+from secateur.pipeline.loop import prune_blocks
 from secateur.pipeline.plan import Request, make_plan
 from secateur.pipeline.run_directory import DiskRun, RunDirectory
-from secateur.pipeline.stream import Stream, prune_blocks
+from secateur.pipeline.stream import Stream
 from secateur.progress import Silent
 
 RUNS = {
     "wanda, block": ("wanda", "block"),
     "wanda, dense": ("wanda", "dense"),
+    "wanda, sequential": ("wanda", "sequential"),
     "sparsegpt, block": ("sparsegpt", "block"),
+    "sparsegpt, sequential": ("sparsegpt", "sequential"),
 }
 
 

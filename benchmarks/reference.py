@@ -1,6 +1,7 @@
 """The papers' own code against Secateur, on the same rows of tokens and the same windows of text.
 
     python benchmarks/reference.py --calibration c4_64x512.smollm2.jsonl --text wiki.test.raw -o reference.json
+    … --propagate sequential -o sequential.json
 
 Prunes SmolLM2-135M-Instruct (dequantised to float32) with each method and measures perplexity on the first 40
 windows of 512 tokens of WikiText-2 (raw, test). `REFERENCE` was measured with the authors' code, adapted to
@@ -34,6 +35,7 @@ def main():
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--propagate", default="block", help="what later matrices see; the papers' code: block")
     options = parser.parse_args()
     rows = json.loads(options.output.read_text()) if options.output.exists() else []
     progress = terminal_progress()
@@ -52,6 +54,8 @@ def main():
             keep({"method": "dense", "reference": DENSE, **perplexity("smollm2")})
         for (method, sparsity, pattern), reference in REFERENCE.items():
             case = {"method": method, "sparsity": sparsity, "pattern": pattern}
+            if options.propagate != "block":
+                case["propagate"] = options.propagate
             if any(case.items() <= row.items() for row in rows):
                 continue
             result = secateur.prune(

@@ -63,6 +63,7 @@ def command(typed: str) -> str:
         ("-v prune --debug m out --nsamples 9", "m out --samples 9 -v --debug"),
         ("--nsamples", "MODEL OUTPUT --samples VALUE"),
         ("m out --percdamp 1..2", "m out --method sparsegpt:damping=1..2"),
+        ("m out --true-sequential --nsamples 9", "m out --method sparsegpt --samples 9 --propagate sequential"),
     ],
 )
 def test_the_equal_command_is_given(typed: str, expected: str) -> None:
@@ -77,7 +78,6 @@ def test_the_equal_command_is_given(typed: str, expected: str) -> None:
         (f"{WANDA} --eval_zero_shot", "--eval_zero_shot (pruning runs no tasks)"),
         ("--prune_method ablate_mag_iter", "--prune_method ablate_mag_iter ("),
         (f"{LLAMA} --wbits 4", "--wbits (pruning does not quantise)"),
-        (f"{LLAMA} --true-sequential", "--true-sequential ("),
         (f"{LLAMA} --minlayer 3", "--minlayer (choose matrices by --include or --exclude)"),
         (f"{LLAMA} --maxlayer 3 --invert", "--invert (choose matrices by --include or --exclude)"),
         (f"{LLAMA} --log_wandb", "--log_wandb ("),

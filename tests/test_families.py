@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+import textwrap
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +66,7 @@ def state_of(kind: str, folder: Path) -> str:
     """Prune one family in every way, check all that can be checked, and say how it went in a few words."""
     from transformers import AutoModelForCausalLM
 
+    folder.mkdir(exist_ok=True)
     model = family_model(kind)
     source, output = folder / "model", folder / "pruned"
     model.save_pretrained(source)
@@ -101,9 +106,51 @@ def state_of(kind: str, folder: Path) -> str:
     ours, theirs = again.state_dict(), live.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     left = len(report["left_out"])
-    return f"pruned; {left} of {len(every | closed)} matrices left dense" if left else "pruned"
+    return f"pruned; {left} of {len(every | closed)} matrices stay dense" if left else "pruned"
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    return cache(lambda kind: state_of(kind, tmp_path_factory.mktemp(kind)))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_family(kind, tmp_path):
-    print(f"STATE {kind}: {state_of(kind, tmp_path)}")
+def test_a_family_is_pruned_or_refused_by_name(kind, state):
+    assert state(kind).startswith(("pruned", "refused: "))
+
+
+def test_the_readme_lists_every_family(state):
+    """`make families` writes the list."""
+    assert readme_list({kind: state(kind) for kind in FAMILIES}) in README.read_text()
+
+
+def readme_list(states: dict[str, str]) -> str:
+    """The README's list of families."""
+
+    def named(what: str) -> list[str]:
+        return [f"`{kind}`" for kind in sorted(states) if states[kind].startswith(what)]
+
+    whole = [name for name in named("pruned") if states[name.strip("`")] == "pruned"]
+    partly = [f"`{kind}` ({state[8:]})" for kind, state in sorted(states.items()) if state.startswith("pruned; ")]
+    refused = [f"| `{kind}` | {state[9:]} |" for kind, state in sorted(states.items()) if state.startswith("refused")]
+    text = (
+        f"**Pruned whole** ({len(whole)}): {', '.join(whole)}.\n\n"
+        f"**Pruned, but for matrices whose input is never seen** ({len(partly)}): {', '.join(partly)}.\n\n"
+        f"**Refused by name** ({len(refused)}):"
+    )
+    return "\n".join(
+        [*(wrap(line, 120) for line in text.split("\n")), "", "| family | reason |", "|---|---|", *refused]
+    )
+
+
+def wrap(line: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        mark = "<!-- families -->\n"
+        before, _, after = README.read_text().split(mark)
+        states = {kind: state_of(kind, Path(folder, kind)) for kind in FAMILIES}
+        README.write_text(f"{before}{mark}{readme_list(states)}\n{mark}{after}")

@@ -45,11 +45,14 @@ FLAGS = {  # spelled with hyphens; typed underscores are read as such
     "--minlayer": Flag(SPARSEGPT, CHOOSE, neutral="-1"),
     "--maxlayer": Flag(SPARSEGPT, CHOOSE, neutral="1000"),
     "--wbits": Flag(SPARSEGPT, "pruning does not quantise", neutral="16"),
-    "--true-sequential": Flag(SPARSEGPT, "the matrices of a block are pruned together", takes_value=False),
+    "--true-sequential": Flag(SPARSEGPT, takes_value=False),
     "--log-wandb": Flag(SPARSEGPT, "the record is secateur.json in the output", takes_value=False),
 }
 ORDER = ("--method", "--sparsity", "--pattern", "--calibration", "--samples", "--seqlen", "--seed")
-SWITCHES = ("--dry-run", "--overwrite", "--no-resume", "--json", "--debug", "--help", "--quiet", "--verbose")
+SWITCHES = (
+    "--dry-run", "--overwrite", "--no-resume", "--trust-remote-code", "--json", "--debug", "--help", "--quiet",
+    "--verbose",
+)  # fmt: skip
 OTHER_COMMANDS = ("eval", "inspect", "generate", "pack", "unpack", "bench", "compare", "shrink", "finetune", "report")
 
 
@@ -81,6 +84,8 @@ def translate(arguments: Sequence[str]) -> str | None:
     if method := _method(dict(own).get("--method", ""), foreign, homes, lost):
         options.append(("--method", method))
     options.append(_target(foreign.get("--sparsity-ratio") or dict(own).get("--sparsity", ""), foreign, lost))
+    if "--true-sequential" in foreign:
+        options.append(("--propagate", "sequential"))
     if "--nsamples" in foreign:
         options.append(("--samples", foreign["--nsamples"]))
     options.sort(key=lambda pair: ORDER.index(pair[0]) if pair[0] in ORDER else len(ORDER))

@@ -24,6 +24,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         ModelError: no module list, or more than one, has the config's number of layers.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if count is None:
+        raise ModelError(f"{type(model).__name__}: its config tells no number of blocks (num_hidden_layers)")
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -113,6 +115,17 @@ class Skeleton:
         self.path, self.blocks = find_blocks(model)
         self.real = list(self.blocks)
         self.companions: dict[int, int] = {}  # block -> how many values it returns beside its hidden state
+
+    def refuse_shared_weights(self) -> None:
+        """Raise ModelError if two blocks hold the same parameter, which could not be pruned for each by itself."""
+        owner: dict[int, int] = {}
+        for index, block in enumerate(self.real):
+            for name, parameter in block.named_parameters():
+                if owner.setdefault(id(parameter), index) != index:
+                    raise ModelError(
+                        f"{self.path}.{index}.{name}: blocks {owner[id(parameter)]} and {index} share this weight, so "
+                        "they cannot be pruned one at a time"
+                    )
 
     @property
     def outside(self) -> list[nn.Module]:

@@ -77,6 +77,7 @@ class DiskHost:
         self._sort_names()
         self._load(self.names[None])
         self.model.tie_weights()
+        self.skeleton.refuse_shared_weights()
         self._refuse_missing(
             {name: p for name, p in self.model.named_parameters() if not name.startswith(self.skeleton.path + ".")}
         )
@@ -202,6 +203,7 @@ class LiveHost:
             )
         self.model = model
         self.skeleton = Skeleton(model)
+        self.skeleton.refuse_shared_weights()
         self.device = next(model.parameters()).device
         self._dtype = computing_dtype(self.device, next(model.parameters()).dtype)
 

@@ -36,7 +36,10 @@ def check_replay(skeleton: Skeleton, resident: Load, ids_BT: Tensor) -> frozense
     """
     own = _own_outputs(skeleton, resident, ids_BT)
     if own[0].shape[:2] != ids_BT.shape:
-        raise ModelError(f"{skeleton.path}.0: hidden states {list(own[0].shape)} are not [sequences, tokens, …]")
+        raise ModelError(
+            f"{skeleton.path}.0: hidden states {list(own[0].shape)} are not [sequences, tokens, …]; "
+            "such blocks cannot be pruned one at a time"
+        )
     observed: set[str] = set()
 
     def see(inputs: Mapping[str, Tensor]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..models.hosts import DiskHost, block_matrices
+from ..models.matrices import Matrix
 from ..pruning import GRAM
 from .calibration import Tokens
+from .observation import fits, paused_bytes
 from .plan import Plan
 from .stream import MICRO_BATCH_TOKENS
 
@@ -22,41 +25,56 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
     """Return rough seconds and memory, and the disk's bytes, that a plan takes."""
     checkpoint = host.checkpoint
     pruned = {name for name, target in plan.job.targets.items() if target.sparsity}
-    shapes = [
-        {name: matrix.shape for name, matrix in block_matrices(host, index).items()}
-        for index in range(len(host.skeleton.real))
-    ]
-    weights = [sum(rows * columns for rows, columns in block.values()) for block in shapes]
+    blocks = [list(block_matrices(host, index).values()) for index in range(len(host.skeleton.real))]
+    config = host.model.config.get_text_config()
+    weights = [sum(matrix.weights for matrix in block) for block in blocks]
     count = tokens.tokens if tokens else 0
     gram = GRAM in plan.job.method.needs
     operations = 0.0
     if tokens:
         passes = 2 if plan.job.propagate == "block" else 1
-        operations += 2 * count * sum(weights) * passes * OVERHEAD
+        used = sum(_share_of_tokens(matrix, config) * matrix.weights for block in blocks for matrix in block)
+        operations += 2 * count * used * passes * OVERHEAD
     if gram:
-        distinct = [sum(c * c for c in {columns for _, columns in block.values()}) for block in shapes]
-        operations += count * sum(distinct) + sum(2 * r * c * c for block in shapes for r, c in block.values())
+        distinct = [sum(c * c for c in {matrix.shape[1] for matrix in block}) for block in blocks]
+        solves = sum(2 * matrix.weights * matrix.shape[1] for block in blocks for matrix in block)
+        operations += count * sum(distinct) + solves
     floats = [i for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
     itemsize = host.dtype.itemsize if host.dtype else max((i.dtype.itemsize for i in floats), default=2)
     output = checkpoint.bytes + sum(i.weights * max(0, itemsize - i.dtype.itemsize) for i in floats)
-    width = host.model.config.get_text_config().hidden_size
-    widest = max((max(shape) for block in shapes for shape in block.values()), default=0)
+    widest = max((max(matrix.shape) for block in blocks for matrix in block), default=0)
     outside = sum(checkpoint.tensors[n].weights for n in host.names[None])
-    largest = max(weights, default=0)
-    sums = 4 * 4 * max((max(c for _, c in block.values()) for block in shapes if block), default=0) ** 2 if gram else 0
     activations = min(count, MICRO_BATCH_TOKENS) * widest * 4 * 4
+    if tokens and plan.job.propagate == "sequential":
+        paused = paused_bytes(count, config.hidden_size, (matrix for block in blocks for matrix in block))
+        activations += paused if fits(paused, host.device) else 0
+    sums = max((_gram_bytes(block) for block in blocks), default=0) if gram else 0
     return {
         "matrices": len(plan.matrices),
         "weights": sum(m.weights for m in plan.matrices),
         "mean_sparsity": plan.mean_sparsity,
         "estimate": {
             "seconds": operations / _operations_per_second(),
-            "memory_bytes": RUNTIME_BYTES + 4 * outside + 2 * 4 * largest + sums + activations,
+            "memory_bytes": RUNTIME_BYTES + 4 * outside + 2 * 4 * max(weights, default=0) + sums + activations,
             "disk_bytes": output
             + sum(m.weights for m in plan.matrices if m.name in pruned) * itemsize
-            + 2 * count * width * 4,
+            + 2 * count * config.hidden_size * 4,
         },
     }
+
+
+def _share_of_tokens(matrix: Matrix, config: Any) -> float:
+    """The share of all tokens that reach a matrix."""
+    if matrix.expert is None:
+        return 1.0
+    share: float = getattr(config, "num_experts_per_tok", 1) / len(matrix.weight)
+    return share
+
+
+def _gram_bytes(block: Sequence[Matrix]) -> int:
+    """Gram matrices of one block: of its few distinct inputs, and of every expert's own."""
+    shared = 4 * max((matrix.shape[1] for matrix in block), default=0) ** 2
+    return 4 * (shared + sum(matrix.shape[1] ** 2 for matrix in block if matrix.expert is not None))
 
 
 def _operations_per_second() -> float:

@@ -141,17 +141,19 @@ def in_order(stream: Stream, index: int, block: nn.Module, observer: Observer, p
 
     The output of the pruned block is kept as the next block's input.
     """
-    needed = _paused_bytes(stream, observer.chosen.values())
-    if needed <= MEMORY_SHARE * free_memory_bytes(stream.host.device):
-        return _paused_together(stream, index, block, observer, progress)
-    return _one_forward_each(stream, index, block, observer, progress)
+    needed = paused_bytes(stream.tokens, math.prod(stream.hidden_shape), observer.chosen.values())
+    together = _paused_together if fits(needed, stream.host.device) else _one_forward_each
+    return together(stream, index, block, observer, progress)
 
 
-def _paused_bytes(stream: Stream, chosen: Iterable[Matrix]) -> int:
-    """What paused micro-batches hold at most: two hidden states and the widest matrix's input or output."""
-    inside = [max(matrix.shape) for matrix in chosen]
-    width = math.prod(stream.hidden_shape)
-    return stream.tokens * (2 * width + max(inside, default=0)) * 4
+def paused_bytes(tokens: int, width: int, chosen: Iterable[Matrix]) -> int:
+    """What paused micro-batches hold at most: two hidden states of `width` and the widest matrix's input or output."""
+    return tokens * (2 * width + max((max(matrix.shape) for matrix in chosen), default=0)) * 4
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether a device's free memory allows micro-batches to wait for each other."""
+    return needed <= MEMORY_SHARE * free_memory_bytes(device)
 
 
 def _paused_together(stream: Stream, index: int, block: nn.Module, observer: Observer, progress: Progress) -> Ready:

@@ -147,7 +147,7 @@ class RunDirectory:
         path = folder / f"{index:04d}.safetensors"
         part = path.with_suffix(".part")
         write_safetensors(part, [tensor_entry(name, tensor) for name, tensor in tensors.items()])
-        os.replace(part, path)
+        _into_place(part, path)
 
     def block_tensors(self, index: int) -> dict[str, TensorInfo]:
         """Return where the new tensors of a finished block lie."""
@@ -165,7 +165,7 @@ class RunDirectory:
                     os.replace(self.output, self.path / "former")
                 else:
                     self.output.rmdir()
-            os.replace(self.path / "output", self.output)
+            _into_place(self.path / "output", self.output)
         except OSError as error:
             raise OutputError(
                 f"{self.output}: cannot be put in place ({error.strerror}); it lies in {self.path}"
@@ -253,6 +253,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _into_place(part: Path, path: Path) -> None:
+    """Rename, and see the name itself on the disk where the system lets directories be flushed."""
+    os.replace(part, path)
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all.
 
@@ -265,7 +276,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        _into_place(part, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
