@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from secateur.models.gguf import as_checkpoint
 from secateur.models.hosts import DiskHost
-from secateur.models.source import as_checkpoint, load_tokenizer, locate, open_checkpoint
+from secateur.models.source import load_tokenizer, locate, open_checkpoint
 from secateur.pipeline.calibration import calibration_tokens
 from secateur.pipeline.loop import prune_blocks
 from secateur.pipeline.plan import Request, make_plan

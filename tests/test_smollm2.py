@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.cli import main
-from secateur.models.source import as_checkpoint, locate
+from secateur.models.gguf import as_checkpoint
+from secateur.models.source import locate
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

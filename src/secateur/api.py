@@ -16,8 +16,9 @@ from .evaluation.generation import continue_text
 from .evaluation.inspection import inspect_matrices
 from .evaluation.perplexity import perplexity
 from .evaluation.records import record_evaluation
+from .models.gguf import as_checkpoint
 from .models.hosts import DiskHost, Host, LiveHost
-from .models.source import as_checkpoint, load_tokenizer, locate, open_checkpoint, quiet_transformers
+from .models.source import load_tokenizer, locate, open_checkpoint, quiet_transformers
 from .pipeline.calibration import Tokens, evaluation_windows
 from .pipeline.live import prune_live
 from .pipeline.machine import choose_device

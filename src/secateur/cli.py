@@ -234,6 +234,10 @@ def _listen(level: int) -> None:
     log.propagate = False
     for theirs in ("datasets", "huggingface_hub", "transformers"):  # what matters of them, we say ourselves
         logging.getLogger(theirs).setLevel(logging.ERROR)
+    if level >= logging.ERROR:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
 
 
 class _Stderr(logging.Handler):

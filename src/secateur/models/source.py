@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import shutil
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..errors import ModelError, OutputError
-from .checkpoint import Checkpoint, digest
-
-log = logging.getLogger("secateur")
+from ..errors import ModelError
+from .checkpoint import INDEX, SINGLE, Checkpoint
 
 SMOLLM2 = "smollm2"
 OWN_CODE = "Python code of its own; read it, and allow it to run with --trust-remote-code"
@@ -50,6 +43,7 @@ def _download(model: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -58,7 +52,7 @@ def _download(model: str, trust_remote_code: bool) -> Path:
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
     patterns += ["*.py"] if trust_remote_code else []
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        directory = Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except GatedRepoError:
         raise ModelError(
             f"{model}: access is granted on its hub page only; accept its terms there and log in"
@@ -70,50 +64,21 @@ def _download(model: str, trust_remote_code: bool) -> Path:
     except HFValidationError:
         raise ModelError(f"{model}: no such directory, and not a valid hub id") from None
     except (LocalEntryNotFoundError, OSError) as error:
+        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(answer, HfHubHTTPError) and answer.response.status_code in (401, 403):
+            raise ModelError(
+                f"{model}: the hub refuses it ({answer.response.status_code}); log in with a token that may read it"
+            ) from None
         raise ModelError(
             f"{model}: no such directory here, and the hub cannot be reached ({first_line(error)[:120]}); "
             "give a local directory, a .gguf file, or smollm2"
         ) from None
-
-
-def as_checkpoint(path: Path, scratch: Path, dtype: torch.dtype | None = None) -> Path:
-    """Return a directory of safetensors for a directory (itself) or a ``.gguf`` file (dequantised in `scratch`).
-
-    A GGUF file is dequantised once, to `dtype` or bfloat16, with its tokenizer.
-
-    Raises:
-        ModelError: transformers cannot read the file.
-        OutputError: the scratch directory cannot be written.
-    """
-    if path.is_dir():
-        return path
-    dtype = dtype or torch.bfloat16
-    name = str(dtype).removeprefix("torch.")
-    target = scratch / f"source-{digest([path])[:12]}-{name}"
-    if target.exists():
-        return target
-    log.info("%s: dequantising once to %s", path.name, name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
-    half_written = target.with_suffix(".part")
-    shutil.rmtree(half_written, ignore_errors=True)
-    try:
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model.save_pretrained(half_written)
-            tokenizer.save_pretrained(half_written)
-    except (struct.error, ValueError, KeyError, NotImplementedError, ImportError, EOFError) as error:
-        raise ModelError(f"{path}: transformers cannot open this GGUF file ({first_line(error)})") from None
-    except OSError as error:
-        if error.errno is None:  # transformers' own, about the file
-            raise ModelError(f"{path}: transformers cannot open this GGUF file ({first_line(error)})") from None
-        raise OutputError(f"{scratch}: the GGUF file cannot be dequantised there ({first_line(error)})") from error
-    half_written.rename(target)
-    return target
+    if not any((directory / name).exists() for name in (INDEX, SINGLE)):
+        raise ModelError(
+            f"{model}: no safetensors weights in it on the hub; load it with transformers and save_pretrained it once, "
+            "or download a .gguf file of it and name that"
+        )
+    return directory
 
 
 def load_tokenizer(model: str | Path | None, trust_remote_code: bool = False) -> Any:

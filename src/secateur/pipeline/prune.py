@@ -13,9 +13,10 @@ from typing import Any
 
 from ..errors import OutputError
 from ..models.checkpoint import Checkpoint, digest
+from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
 from ..models.matrices import watching
-from ..models.source import as_checkpoint, load_tokenizer, locate, open_checkpoint
+from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..progress import Progress
 from .calibration import Tokens, calibration_tokens
 from .estimate import estimate
