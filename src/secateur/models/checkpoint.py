@@ -72,7 +72,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise lie("the header is cut off")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode())
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); is the download complete?") from None
     except (ValueError, RecursionError):
@@ -88,9 +88,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             dtype = DTYPES[entry["dtype"]]
             shape = tuple(operator.index(n) for n in entry["shape"])
             begin, end = (operator.index(n) for n in entry["data_offsets"])
+            name.encode()
         except (KeyError, TypeError, ValueError):
             raise lie(f"tensor {name!r} has an unknown dtype or no shape or offsets") from None
-        if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        if not 0 <= begin <= end <= size or not all(0 <= n < 2**63 for n in shape):
+            raise lie(f"tensor {name!r} lies outside the file")
+        if end - begin != math.prod(shape) * dtype.itemsize or math.prod(max(n, 1) for n in shape) >= 2**60:
             raise lie(f"tensor {name!r} does not have the bytes of its shape")
         tensors[name] = TensorInfo(path, dtype, shape, 8 + length + begin, 8 + length + end)
     position = 8 + length
@@ -262,13 +265,13 @@ def shard_names(directory: Path) -> list[str]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError):
             raise ModelError(f"{index}: not an index of shards; download the model again") from None
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or "\\" in name:
                 raise ModelError(f"{index}: names a file outside the model's directory: {name!r}")
-            if not (directory / name).exists():
-                raise ModelError(f"{directory}: shard {name} is missing; download the model again")
+            if not os.path.isfile(directory / name):  # False for a name that no file can have
+                raise ModelError(f"{directory}: shard {_shown(name)} is missing; download the model again")
         if names:
             return names
     if (directory / SINGLE).exists():
@@ -279,6 +282,10 @@ def shard_names(directory: Path) -> list[str]:
             "transformers and save_pretrained it once"
         )
     raise ModelError(f"{directory}: no safetensors weights (model.safetensors or an index of shards)")
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def index_of(shards: Mapping[str, Iterable[tuple[str, int]]]) -> str:

@@ -29,10 +29,14 @@ def locate(model: str, trust_remote_code: bool = False) -> Path:
         if not found:
             raise ModelError(f"smollm2: the package that carries it is not installed; {INSTALL_SMOLLM2}")
         return found[0]
-    path = Path(model).expanduser()
-    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+    try:
+        path = Path(model).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        raise ModelError(f"{model!r}: no such file or directory") from None
+    if is_directory or (path.suffix == ".gguf" and is_file):
         return path
-    if path.is_file():
+    if is_file:
         raise ModelError(f"{model}: a model is a directory, a hub id or a .gguf file")
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise ModelError(f"{model}: no such file or directory")

@@ -102,6 +102,8 @@ def calibration_tokens(
     """
     if samples is not None and samples < 1:
         raise OptionError(f"samples {samples}: at least 1 is needed")
+    if not -(2**63) <= seed < 2**64:
+        raise OptionError(f"seed {seed}: is no 64-bit number")
     wanted = samples or DEFAULT_SAMPLES
     length = choose_seqlen(seqlen, config)
     given = _given(calibration, tokenizer, seqlen or context_length(config))
@@ -166,22 +168,13 @@ def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, 
     if isinstance(calibration, str):
         return None
     if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.dtype.is_floating_point:
+        if calibration.ndim != 2 or not _whole(calibration):
             raise DataError(
                 f"calibration: a tensor must be integer ids [samples, seqlen], not {list(calibration.shape)}"
             )
         return "the given tensor", list(calibration.long().cpu())
     if isinstance(calibration, Mapping) and "input_ids" in calibration:
-        ids = calibration["input_ids"]
-        mask = calibration.get("attention_mask")
-        if not isinstance(ids, Tensor) and len(ids) and isinstance(ids[0], int):  # one text, not in a list
-            ids, mask = [ids], None if mask is None else [mask]
-        if not isinstance(ids, Tensor):
-            ids = [torch.tensor(row, dtype=torch.long) for row in ids]
-        if mask is None:
-            return "the given batch", [row.long().cpu() for row in ids]
-        kept = [row[torch.as_tensor(m).bool()] for row, m in zip(ids, mask, strict=True)]
-        return "the given batch", [row.long().cpu() for row in kept]
+        return "the given batch", _batch_rows(calibration["input_ids"], calibration.get("attention_mask"))
     if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
         raise DataError(
             f"calibration: cannot use a {type(calibration).__name__}; give a source's name, strings or token ids"
@@ -195,13 +188,35 @@ def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, 
         raise DataError("calibration: is empty")
     if all(isinstance(item, str) for item in peek):
         tokenizer = _need(tokenizer, "the given strings")
-        ids = [torch.tensor(_encode(tokenizer, text), dtype=torch.long) for text in peek]
+        ids = [torch.tensor(_encode(tokenizer, text, "the given strings"), dtype=torch.long) for text in peek]
         return "the given strings", [row[:longest] for row in ids]
     if all(isinstance(item, Tensor) for item in peek):
+        if not all(_whole(item) for item in peek):
+            raise DataError("calibration: tensors must be integer ids, not floats")
         return "the given tensors", [item.reshape(-1).long().cpu() for item in peek]
     if peek is calibration:
         return None
     raise DataError("calibration: the items are neither strings nor tensors; give records as a list")
+
+
+def _batch_rows(ids: Any, mask: Any) -> list[Tensor]:
+    """The rows of a tokenizer's batch, without the positions that its mask leaves out."""
+    unfit = DataError("the given batch: its input_ids are no rows of whole numbers, or its mask does not fit them")
+    try:
+        if not isinstance(ids, Tensor) and len(ids) and isinstance(ids[0], int):  # one text, not in a list
+            ids, mask = [ids], None if mask is None else [mask]
+        rows = [row if isinstance(row, Tensor) else torch.tensor(row) for row in ids]
+        if mask is not None:
+            rows = [row[torch.as_tensor(m).bool()] for row, m in zip(rows, mask, strict=True)]
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError):
+        raise unfit from None
+    if any(row.ndim != 1 or (len(row) and not _whole(row)) for row in rows):
+        raise unfit
+    return [row.long().cpu() for row in rows]
+
+
+def _whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def _as_tensors(corpus: Corpus) -> list[Tensor]:
@@ -255,12 +270,20 @@ def _tokenise(corpus: Corpus, tokenizer: Any) -> Tensor:
     if any(chats):
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(f"{corpus.name}: has chats, and the model's tokenizer has no chat template")
-        texts = [t if isinstance(t, str) else tokenizer.apply_chat_template(t, tokenize=False) for t in texts]
-    ids = _encode(tokenizer, "\n\n".join(texts), special=not all(chats))
+        try:
+            texts = [t if isinstance(t, str) else tokenizer.apply_chat_template(t, tokenize=False) for t in texts]
+        except Exception as error:  # whatever the template raises
+            what = " ".join(str(error).split())[:120]
+            raise DataError(f"{corpus.name}: a chat does not fit the tokenizer's template ({what})") from None
+    ids = _encode(tokenizer, "\n\n".join(texts), corpus.name, special=not all(chats))
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+def _encode(tokenizer: Any, text: str, what: str, *, special: bool = True) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{what}: a text holds half of a surrogate pair, which is no character") from None
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 

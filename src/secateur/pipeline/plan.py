@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -229,13 +230,13 @@ def allocation_rules(allocation: str | Rules) -> Rules | None:
     if allocation == "uniform":
         return None
     path = Path(allocation)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that no file can have
         raise OptionError(
             f"unknown allocation {allocation!r}: neither a file nor a name; {nearest(allocation, ALLOCATIONS)}"
         )
     try:
         rules = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # every value a string: plain YAML reads 2:4 as 124
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         raise OptionError(f"{allocation}: is not YAML") from None
     if not isinstance(rules, (dict, list)) or not rules:
         raise OptionError(

@@ -59,8 +59,13 @@ def read_source(source: str, purpose: str, characters: int | None = None) -> Cor
         if not dataset:
             raise DataError(f"{source!r}: write hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]")
         return _hub(source, dataset, config or None, split or "train", column or "text", characters)
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(source)
+    try:
+        path = path.expanduser()
+        found = path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        found = False
+    if found:
         return _file(path)
     known = ["c4", "wikitext2", "sotu", "sotu:train", "sotu:test", "hf:DATASET"]
     raise DataError(f"{source!r}: neither a file nor a known text; {nearest(source, known)}; {OFFLINE}")
@@ -143,7 +148,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(f"{path}: line {number} is not JSON") from None
 
 

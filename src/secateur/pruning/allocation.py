@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +46,8 @@ def check_sparsity(sparsity: float, where: str) -> float:
         value = float(sparsity)
     except (TypeError, ValueError):
         raise OptionError(f"{where} {sparsity!r}: must be a number") from None
+    except OverflowError:
+        raise OptionError(f"{where}: is the fraction removed, at least 0 and below 1") from None
     if math.isnan(value) or not 0 <= value < 1:
         hint = f"; for {value:g} percent write {value / 100:g}" if 1 < value < 100 else ""
         raise OptionError(f"{where} {value:g}: is the fraction removed, at least 0 and below 1{hint}")
@@ -89,6 +91,9 @@ def allocate(matrices: Sequence[MatrixInfo], default: Target, rules: Rules | Non
     if rules is None:
         return {m.name: default for m in matrices}
     if not isinstance(rules, Mapping):
+        if not isinstance(rules, Iterable):
+            raise OptionError(f"allocation: {rules!r} is neither a table of keys nor a list of numbers")
+        rules = list(rules)
         if len(rules) != len(blocks):
             raise OptionError(f"allocation: {len(rules)} numbers for {len(blocks)} blocks; give one for each")
         rules = {str(block): value for block, value in zip(blocks, rules, strict=True)}
@@ -109,12 +114,12 @@ def mean_sparsity(matrices: Sequence[MatrixInfo], targets: Mapping[str, Target])
 
 
 def _matcher(key: str) -> Callable[[MatrixInfo], bool]:
-    if block := re.fullmatch(r"(?:layers?\.)?(\d+)", key):
+    if block := re.fullmatch(r"(?:layers?\.)?(\d{1,9})", key):
         index = int(block[1])
         return lambda matrix: matrix.block == index
     try:
         pattern = re.compile(key)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise OptionError(f"allocation: {key!r} is neither a block nor a regular expression ({error})") from None
     return lambda matrix: pattern.fullmatch(matrix.name) is not None
 

@@ -140,17 +140,18 @@ class Block:
 
     def mask(self, score_OI: Tensor, sparsity: float, start: int = 0) -> Tensor:
         rows, columns = score_OI.shape
-        down, across = -(-rows // self.height), -(-columns // self.width)
-        pad = (0, across * self.width - columns, 0, down * self.height - rows)
+        height, width = min(self.height, max(rows, 1)), min(self.width, max(columns, 1))  # no more padding than needed
+        down, across = -(-rows // height), -(-columns // width)
+        pad = (0, across * width - columns, 0, down * height - rows)
 
         def tile_sums(values_OI: Tensor) -> Tensor:
             padded = torch.nn.functional.pad(values_OI, pad)
-            return padded.reshape(down, self.height, across, self.width).sum((1, 3))
+            return padded.reshape(down, height, across, width).sum((1, 3))
 
         tiles = tile_sums(score_OI.double().square()) / tile_sums(torch.ones_like(score_OI, dtype=torch.double))
         count = _span(sparsity * down, start // self.width, across)
         keep = ~lowest(tiles.reshape(1, -1), count).reshape(down, across)
-        keep = keep.repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
+        keep = keep.repeat_interleave(height, 0).repeat_interleave(width, 1)
         return keep[:rows, :columns]
 
     def __str__(self) -> str:
@@ -171,12 +172,12 @@ def parse_pattern(text: str) -> Pattern:
         return Row()
     if text == "matrix":
         return Matrix()
-    if found := re.fullmatch(r"(\d+):(\d+)", text):
+    if found := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text):
         n, m = int(found[1]), int(found[2])
         if not 0 < n < m:
             raise OptionError(f"pattern {text!r}: N:M keeps N of every M weights, so 0 < N < M; for example 2:4")
         return NM(n, m)
-    if found := re.fullmatch(r"block:(\d+)x(\d+)", text):
+    if found := re.fullmatch(r"block:(\d{1,9})x(\d{1,9})", text):
         height, width = int(found[1]), int(found[2])
         if height < 1 or width < 1:
             raise OptionError(f"pattern {text!r}: a block has at least 1 row and 1 column; for example block:16x16")
