@@ -55,6 +55,8 @@ def main():
         for (method, sparsity, pattern), reference in REFERENCE.items():
             case = {"method": method, "sparsity": sparsity, "pattern": pattern}
             if options.propagate != "block":
+                if method == "magnitude":  # which sees no inputs
+                    continue
                 case["propagate"] = options.propagate
             if any(case.items() <= row.items() for row in rows):
                 continue

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .errors import OptionError
+from .errors import OptionError, OutputError
 from .evaluation.generation import continue_text
 from .evaluation.inspection import inspect_matrices
 from .evaluation.perplexity import perplexity
 from .evaluation.records import record_evaluation
 from .models.gguf import as_checkpoint
 from .models.hosts import DiskHost, Host, LiveHost
-from .models.source import load_tokenizer, locate, open_checkpoint, quiet_transformers
+from .models.source import load_model, load_tokenizer, locate, open_checkpoint
 from .pipeline.calibration import Tokens, evaluation_windows
 from .pipeline.live import prune_live
 from .pipeline.machine import choose_device
@@ -124,7 +124,7 @@ def prune(
             tokenizer = tokenizer or own
         else:
             live = model
-        target = None if output is None else Path(output)
+        target = None if output is None else _path(output)
         report = prune_live(live, request, progress, tokenizer=tokenizer, output=target)
         return PruneResult(live, target, report)
 
@@ -137,10 +137,10 @@ def prune(
             return perplexity(host, tokens, Path(folder), progress)
 
     report = prune_checkpoint(
-        str(model), Path(output), request, progress, tokenizer=tokenizer, evaluate=measure if evaluate else None,
+        str(model), _path(output), request, progress, tokenizer=tokenizer, evaluate=measure if evaluate else None,
         dry_run=dry_run, overwrite=overwrite, resume=resume,
     )  # fmt: skip
-    return PruneResult(None, None if dry_run else Path(output), report)
+    return PruneResult(None, None if dry_run else _path(output), report)
 
 
 def evaluate(
@@ -226,6 +226,13 @@ def generate(
         return continue_text(directory, prompt, tokens, choose_device(device), trust_remote_code=trust_remote_code)
 
 
+def _path(output: str | Path) -> Path:
+    try:
+        return Path(output).expanduser()
+    except RuntimeError:
+        raise OutputError(f"{output}: nobody of that name has a home here") from None
+
+
 @contextmanager
 def _opened(model: str | Path, device: str, trust_remote_code: bool) -> Iterator[DiskHost]:
     with tempfile.TemporaryDirectory() as scratch:
@@ -239,11 +246,9 @@ def _windows(text: str, host: Host, tokenizer: Any, seqlen: int | None, windows:
 
 def _load(model: str, request: Request) -> tuple[PreTrainedModel, Any]:
     request.check()
-    with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
+    with tempfile.TemporaryDirectory() as scratch:
         trusted = request.trust_remote_code
         directory = as_checkpoint(locate(model, trusted), Path(scratch))
-        open_checkpoint(directory, trusted)
         device = choose_device(request.device)
-        live: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=trusted)
-        model_in_memory: PreTrainedModel = live.to(device)
+        model_in_memory: PreTrainedModel = load_model(directory, "auto", trusted).to(device)
         return model_in_memory, load_tokenizer(directory, trusted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.exceptions import Abort, TyperException
 
 from ._version import __version__
 from .coming_from import translate
-from .errors import SecateurError
+from .errors import SecateurError, nearest, unwritable
 
 app = typer.Typer(
     name="secateur",
@@ -37,6 +38,15 @@ Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let Python code that comes with the model run.")
 ]
+
+
+def _fraction(text: str | float) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number; write the fraction removed, such as 0.5") from None
+
+
 SOURCE = "c4, wikitext2, sotu, a .txt, .raw, .jsonl or .parquet file, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
 
 
@@ -50,7 +60,13 @@ def prune(
         str, typer.Option(help="magnitude, wanda, ria or sparsegpt; options follow colons: sparsegpt:damping=0.02")
     ] = "wanda",
     sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of weights removed.", show_default="0.5, or what N:M implies")
+        float | None,
+        typer.Option(
+            help="Fraction of weights removed.",
+            show_default="0.5, or what N:M implies",
+            parser=_fraction,
+            metavar="FRACTION",
+        ),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -66,9 +82,7 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
     allocation: Annotated[
         str,
-        typer.Option(
-            metavar="uniform|FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities."
-        ),
+        typer.Option(metavar="FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities."),
     ] = "uniform",
     propagate: Annotated[
         str,
@@ -184,6 +198,7 @@ def options(
         raise typer.Exit
 
 
+COMMANDS = ("prune", "eval", "inspect", "generate")
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 
 
@@ -204,11 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TyperException as error:
-        show: Callable[[], None] | None = getattr(error, "show", None)
-        if show:
-            show()
-        else:
-            _note(f"error: {error}")
+        if what := error.format_message().rstrip("."):
+            if unknown := re.fullmatch(r"No such command '(.*)'", what):
+                what += f"; {nearest(unknown[1], COMMANDS)}"
+            context = getattr(error, "ctx", None)
+            _note(f"error: {what} ({context.command_path if context else 'secateur'} -h says more)")
         return error.exit_code
     except SecateurError as error:
         if "--debug" in flags:
@@ -222,7 +237,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in flags:
             raise
+        if isinstance(error, OSError) and error.strerror:
+            _note(f"error: {error.filename or 'stdout or a temporary file'}: {unwritable(error)}")
+            return 1
         first_line = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in first_line:
+            _note(f"error: out of memory ({first_line[:160]}); make room and give the same command again")
+            return 1
         _note(f"error: {type(error).__name__}: {first_line} (--debug shows where)")
         return 1
 
@@ -234,6 +255,7 @@ def _listen(level: int) -> None:
     log.propagate = False
     for theirs in ("datasets", "huggingface_hub", "transformers"):  # what matters of them, we say ourselves
         logging.getLogger(theirs).setLevel(logging.ERROR)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # logs what it raises
     if level >= logging.ERROR:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -246,7 +268,7 @@ class _Stderr(logging.Handler):
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print("\\n".join(text.splitlines()), file=sys.stderr, flush=True)  # a name may have a line's end in it
 
 
 def _progress() -> Any:

@@ -14,6 +14,7 @@ The command line prints the message and exits with 1; Python code catches `Secat
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -56,3 +57,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
+
+
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def unwritable(error: OSError) -> str:
+    """Return what the system says of a file that it will not write, and what to do about it.
+
+    >>> unwritable(OSError(errno.ENOSPC, "No space left on device"))
+    'cannot be written (No space left on device); make room and give the same command again'
+    """
+    hint = "; make room and give the same command again" if error.errno in FULL else ""
+    hint = "; check who may write there" if error.errno in FORBIDDEN else hint
+    return f"cannot be written ({error.strerror or error}){hint}"

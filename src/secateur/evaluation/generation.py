@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import DataError, OptionError
-from ..models.source import load_tokenizer, quiet_transformers
+from ..models.source import load_model, load_tokenizer, open_checkpoint
 from ..pipeline.calibration import context_length
 
 
@@ -20,11 +19,16 @@ def continue_text(
     Raises:
         DataError: the prompt is empty, or the model has no tokenizer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    open_checkpoint(directory, trust_remote_code)
     tokenizer = load_tokenizer(directory, trust_remote_code)
     if tokenizer is None:
         raise DataError(f"{directory}: has no tokenizer, so it cannot read a prompt")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise DataError("the prompt is no UTF-8 text") from None
     batch = tokenizer(prompt, return_tensors="pt").to(device)
     if batch["input_ids"].shape[1] == 0:
         raise DataError("the prompt is empty")
@@ -34,10 +38,8 @@ def continue_text(
         raise OptionError(
             f"tokens {new_tokens}: with the prompt's they are {length}, the model's context has {context}"
         )
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
-        model.to(device).eval()
+    model = load_model(directory, torch.float32 if device.type == "cpu" else "auto", trust_remote_code)
+    model.to(device).eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():
         ids = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,12 @@ def record_evaluation(directory: Path, found: Mapping[str, Any]) -> None:
         **found,
         "software": software(),
     }
+    path = directory / EVALUATIONS
+    former = path.stat().st_size if path.exists() else None
     try:
-        with (directory / EVALUATIONS).open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:  # the result is more than its record
+        with suppress(OSError):  # no half line
+            path.unlink(missing_ok=True) if former is None else os.truncate(path, former)
         log.warning("%s: the evaluation could not be recorded (%s)", directory, error.strerror)

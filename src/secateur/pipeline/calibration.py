@@ -290,5 +290,7 @@ def _encode(tokenizer: Any, text: str, what: str, *, special: bool = True) -> li
 
 def _need(tokenizer: Any, what: str) -> Any:
     if tokenizer is None:
-        raise DataError(f"{what}: text needs a tokenizer and the model has none; give one, or rows of input_ids")
+        raise DataError(
+            f"{what}: text needs a tokenizer and the model has none that can be opened; give one, or rows of input_ids"
+        )
     return tokenizer

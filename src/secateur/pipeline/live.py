@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import OutputError, SecateurError
+from ..errors import OutputError, SecateurError, unwritable
 from ..models.hosts import LiveHost
 from ..models.matrices import Matrix
 from ..models.source import load_tokenizer, quiet_transformers
@@ -125,6 +125,6 @@ def _save_live(model: PreTrainedModel, tokenizer: Any, output: Path, report: Map
         write_text(target / REPORT, json.dumps(report, indent=1))
         run.install()
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror})") from error
+        raise OutputError(f"{output}: {unwritable(error)}") from error
     finally:
         run.close()

@@ -68,8 +68,8 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError):
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise OptionError(f"device {device!r}: not on this machine; use auto or cpu") from None
     return chosen
 

@@ -45,8 +45,10 @@ class Observer:
         """Add one micro-batch's inputs; `seen` holds what this micro-batch showed before."""
         for name, x in inputs.items():
             _, leader = seen.setdefault(id(x), (x, name))
-            if self._leaders.setdefault(name, leader) != leader:
-                raise ModelError(f"{name}: shares its input with {leader} only at times, so it cannot be observed")
+            former = self._leaders.setdefault(name, leader)
+            if former != leader:
+                other = former if leader == name else leader
+                raise ModelError(f"{name}: shares its input with {other} only at times, so it cannot be observed")
             if leader == name:
                 self._sums.setdefault(name, Accumulator(self.needs)).add(x)
             else:
@@ -159,10 +161,13 @@ def fits(needed: int, device: torch.device) -> bool:
 def _paused_together(stream: Stream, index: int, block: nn.Module, observer: Observer, progress: Progress) -> Ready:
     scheduler = getcurrent()
     seen: dict[greenlet, Seen] = defaultdict(dict)
+    done: set[str] = set()
 
     def see(inputs: Mapping[str, Tensor]) -> None:
-        observer.see(inputs, seen[getcurrent()])
-        scheduler.switch(list(inputs))
+        new = {name: x for name, x in inputs.items() if name not in done}
+        if new:
+            observer.see(new, seen[getcurrent()])
+            scheduler.switch(list(new))
 
     def pass_through(number: int) -> None:
         stream.put(index + 1, number, stream.run(index, block, number))
@@ -175,7 +180,9 @@ def _paused_together(stream: Stream, index: int, block: nn.Module, observer: Obs
         with torch.no_grad(), watching(observer.chosen, see, observer.everywhere):
             waiting = [batch.switch(number) for number, batch in enumerate(batches)]
             while any(names is not None for names in waiting):
-                yield _ready(index, waiting, observer)
+                ready = _ready(index, waiting, observer)
+                done.update(ready)
+                yield ready
                 waiting = [batch.switch() for batch in batches]
     finally:
         for batch in batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError, OutputError
+from ..errors import ModelError, OutputError, unwritable
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint, Entry, TensorInfo, copied_entry, index_of, write_safetensors
 from ..progress import Progress
 from .plan import Plan
@@ -28,11 +29,19 @@ def check_output(output: Path, model: Path, overwrite: bool) -> None:
     Raises:
         OutputError: it is the model, a file, or a directory that holds something else than our result.
     """
-    ours, source = output.resolve(), model.resolve()
+    try:
+        ours, source = output.resolve(), model.resolve()
+        output.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, or a loop of links
+        raise OutputError(
+            f"{str(output)[:80]}: cannot be OUTPUT ({getattr(error, 'strerror', None) or error})"
+        ) from None
     if ours == source or ours in source.parents:
         raise OutputError(f"{output}: OUTPUT is (or contains) the model itself; choose another directory")
     if not output.exists():
         return
+    if os.path.ismount(output):
+        raise OutputError(f"{output}: something is mounted there, so it cannot be replaced; choose {output / 'NAME'}")
     if not output.is_dir():
         raise OutputError(f"{output}: is a file; OUTPUT is a directory")
     if any(output.iterdir()) and report_of(output) is None:
@@ -96,7 +105,7 @@ def copy_small_files(source: Checkpoint, target: Path, dtype: torch.dtype | None
                 if path.is_file() and not path.name.endswith(".index.json") and path.name != "secateur.json":
                     shutil.copyfile(path, target / path.name)
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
+        raise OutputError(f"{target}: {unwritable(error)}") from error
     if dtype is not None:
         config = json.loads((target / "config.json").read_text())
         config.pop("torch_dtype", None)

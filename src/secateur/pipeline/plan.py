@@ -26,6 +26,7 @@ from .stream import MICRO_BATCH_TOKENS
 
 log = logging.getLogger("secateur")
 
+MOST_THREADS = 1024
 PROPAGATE = ("block", "dense", "sequential")
 ALLOCATIONS = ("uniform",)
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -54,6 +55,10 @@ class Request:
 
     def check(self) -> None:
         """Raise OptionError for what can be refused before a model is opened."""
+        for name in ("pattern", "evaluate", "include", "exclude"):
+            value = getattr(self, name)
+            if value is not None and "" in (value if isinstance(value, (list, tuple)) else [value]):
+                raise OptionError(f"{name} is empty; leave it out or give a value")
         method = self.parsed_method
         target = default_target(self.sparsity, parse_pattern(self.pattern or method.pattern))
         if isinstance(self.method, str):
@@ -62,8 +67,8 @@ class Request:
         written_dtype(self.dtype)
         if self.propagate not in PROPAGATE:
             raise OptionError(f"unknown propagate {self.propagate!r}: {nearest(self.propagate, PROPAGATE)}")
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads {self.threads}: at least 1 is needed")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise OptionError(f"threads {self.threads}: at least 1 is needed, and {MOST_THREADS} are the most")
         for name in ("include", "exclude"):
             for text in listed(getattr(self, name)):
                 try:
@@ -207,6 +212,8 @@ def select(matrices: list[MatrixInfo], include: list[str], exclude: list[str]) -
     Raises:
         OptionError: an expression is found in no name, or nothing is left.
     """
+    if not matrices:
+        raise OptionError("the model has no blocks, or no matrix in them that can be pruned")
     for option, texts in (("include", include), ("exclude", exclude)):
         for text in texts:
             if not any(re.search(text, m.name) for m in matrices):
@@ -229,13 +236,15 @@ def allocation_rules(allocation: str | Rules) -> Rules | None:
         return allocation
     if allocation == "uniform":
         return None
-    path = Path(allocation)
+    path = Path(os.path.expanduser(allocation))
     if not os.path.isfile(path):  # False for a name that no file can have
         raise OptionError(
             f"unknown allocation {allocation!r}: neither a file nor a name; {nearest(allocation, ALLOCATIONS)}"
         )
     try:
         rules = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # every value a string: plain YAML reads 2:4 as 124
+    except OSError as error:
+        raise OptionError(f"{allocation}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         raise OptionError(f"{allocation}: is not YAML") from None
     if not isinstance(rules, (dict, list)) or not rules:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
+from ..errors import OutputError, unwritable
 from ..models.checkpoint import Checkpoint, digest
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
@@ -63,6 +63,8 @@ def prune_checkpoint(
     request.check()
     path = locate(model, request.trust_remote_code)
     check_output(output, path, overwrite)
+    if output.is_symlink():  # the result goes where it leads
+        output = output.resolve()
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch, threads(request.threads):
             host, tokens, plan, _ = _prepare(model, path, Path(scratch), request, progress, tokenizer)
@@ -81,7 +83,7 @@ def prune_checkpoint(
             announce(plan)
             return _run(run, host, source, tokens, plan, path, progress, evaluate)
     except OSError as error:
-        raise OutputError(f"{run.path}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(f"{error.filename or run.path}: {unwritable(error)}") from error
     finally:
         run.close()
 

@@ -15,19 +15,20 @@ finished when the journal says so, which is after its output lies in `hidden/`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from ..errors import OutputError, ResumeError
+from ..errors import OutputError, ResumeError, unwritable
 from ..models.checkpoint import TensorInfo, read_header, read_tensor, tensor_entry, write_safetensors
 from ..models.hosts import DiskHost
 from ..models.matrices import Matrix
@@ -55,9 +56,11 @@ class RunDirectory:
             OutputError: another process works on this output, or the directory cannot be made.
         """
         self.output, self.path = output, run_path(output)
-        if self.path.is_dir() and any(not OURS.fullmatch(child.name) for child in self.path.iterdir()):
-            raise OutputError(f"{self.path}: holds files that are not Secateur's; move them or choose another OUTPUT")
         try:
+            if self.path.is_dir() and any(not OURS.fullmatch(child.name) for child in self.path.iterdir()):
+                raise OutputError(
+                    f"{self.path}: holds files that are not Secateur's; move them or choose another OUTPUT"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / "lock", timeout=0)
             self._lock.acquire()
@@ -66,7 +69,21 @@ class RunDirectory:
                 f"{output}: another process is working on it; wait for it or choose another OUTPUT"
             ) from None
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be made ({error.strerror})") from None
+            with suppress(OSError):
+                self.path.rmdir()  # if it is empty
+            raise OutputError(f"{self.path}: {unwritable(error)}") from None
+        try:
+            self._take_over(resume)
+        except OSError as error:
+            self.release()
+            raise OutputError(f"{error.filename or self.path}: {unwritable(error)}") from error
+        except OutputError:
+            self.release()
+            raise
+
+    def _take_over(self, resume: bool) -> None:
+        """Put in order what an earlier process left."""
+        output = self.output
         if (self.path / "former").exists() and not output.exists():  # killed between the two renames of install
             os.replace(self.path / "former", output)
         elif output.exists():  # killed after the second one
@@ -94,7 +111,10 @@ class RunDirectory:
             if not line.endswith(b"\n"):
                 break  # torn by a kill while it was written
             whole += line
-            lines.append(json.loads(line))
+            try:
+                lines.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise ResumeError(f"{path}: line {len(lines) + 1} is damaged; --no-resume begins anew") from None
         with path.open("r+b") as file:
             file.truncate(len(whole))
         return lines
@@ -108,7 +128,7 @@ class RunDirectory:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OutputError(f"{self.path}: the journal cannot be written ({error.strerror})") from error
+            raise OutputError(f"{self.path}: the journal {unwritable(error)}") from error
         self.journal.append(event)
 
     def begin(self, plan: Mapping[str, Any]) -> None:
@@ -118,7 +138,10 @@ class RunDirectory:
             ResumeError: an option that changes the result differs.
         """
         path = self.path / "plan.json"
-        differing = differences(json.loads(path.read_text()), plan) if path.exists() else []
+        try:
+            differing = differences(dict(json.loads(path.read_text())), plan) if path.exists() else []
+        except (ValueError, TypeError):
+            raise ResumeError(f"{path}: is damaged; --no-resume begins anew") from None
         if differing and self.blocks:
             raise ResumeError(
                 f"{self.path}: holds an unfinished run with {differing[0]}; "
@@ -167,10 +190,21 @@ class RunDirectory:
                     self.output.rmdir()
             _into_place(self.path / "output", self.output)
         except OSError as error:
+            self._put_back()
             raise OutputError(
-                f"{self.output}: cannot be put in place ({error.strerror}); it lies in {self.path}"
+                f"{self.output}: cannot be put in place ({error.strerror}); it lies in {self.path}, and the same "
+                "command puts it in place"
             ) from error
         self.forget()
+
+    def _put_back(self) -> None:
+        """After an error, OUTPUT is what it was."""
+        written, former = self.path / "output", self.path / "former"
+        with suppress(OSError):
+            if self.output.exists() and not written.exists():
+                os.replace(self.output, written)
+            if former.exists() and not self.output.exists():
+                os.replace(former, self.output)
 
     def forget(self) -> None:
         """Remove the run directory and give up its lock."""
@@ -260,6 +294,9 @@ def _into_place(part: Path, path: Path) -> None:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # file systems that cannot do it
+                raise
         finally:
             os.close(folder)
 
@@ -278,7 +315,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         _into_place(part, path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise OutputError(f"{path}: {unwritable(error)}") from error
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
@@ -300,4 +337,4 @@ def report_of(output: Path) -> dict[str, Any] | None:
         report: Any = json.loads(path.read_text())
     except ValueError:
         return None
-    return report if isinstance(report, dict) and "plan" in report and "schema" in report else None
+    return report if isinstance(report, dict) and isinstance(report.get("plan"), dict) and "schema" in report else None

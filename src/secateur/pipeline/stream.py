@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import OutputError
+from ..errors import OutputError, unwritable
 from ..models.anatomy import BlockCall
 from ..models.hosts import Host
 from ..models.replay import check_replay
@@ -77,9 +77,7 @@ class Stream:
                 file.seek(self._offsets[number])
                 file.write(data)
         except OSError as error:
-            raise OutputError(
-                f"{self._files[index % 2]}: hidden states cannot be written ({error.strerror})"
-            ) from error
+            raise OutputError(f"{self._files[index % 2]}: hidden states {unwritable(error)}") from error
 
     def run(self, index: int, block: nn.Module, number: int) -> Tensor:
         """Return the output of one resident block for one micro-batch, [B, T, D]."""
