@@ -1,6 +1,6 @@
 """How much pruning costs beyond the forward passes that it needs: ratios, measured in turn.
 
-    python benchmarks/loop.py [--samples 64] [--seqlen 512] [--rounds 3]
+    python benchmarks/loop.py [--samples 64] [--seqlen 512] [--rounds 3] [--only "wanda, sequential"]
 
 Every round runs, on the same blocks and tokens of SmolLM2-135M, a plain forward of all blocks and the pruning
 loop of each method, disk to disk except for the model's own files. Prints medians and ratios as JSON.
@@ -64,8 +64,10 @@ def main():
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--only", action="append", choices=RUNS, help="one of the runs; may be given again")
     options = parser.parse_args()
-    times = {"plain forward": [], **{name: [] for name in RUNS}}
+    runs = options.only or list(RUNS)
+    times = {"plain forward": [], **{name: [] for name in runs}}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = open_checkpoint(as_checkpoint(locate(options.model), folder))
@@ -88,14 +90,8 @@ def main():
                 "seconds": {name: round(statistics.median(values), 2) for name, values in times.items()},
                 "ratio to plain forwards": {
                     name: round(statistics.median(a / b for a, b in zip(times[name], forward, strict=True)), 3)
-                    for name in RUNS
+                    for name in runs
                 },
-                "sparsegpt to wanda": round(
-                    statistics.median(
-                        a / b for a, b in zip(times["sparsegpt, block"], times["wanda, block"], strict=True)
-                    ),
-                    3,
-                ),
             },
             indent=1,
         )
