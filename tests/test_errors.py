@@ -150,7 +150,13 @@ HOSTILE = {
     "GGUF with a lie": (gguf(HEADER + b"\xff" * 64), r"model\.gguf"),
     "GGUF without anything": (gguf(HEADER + b"\0" * 64), r"model\.gguf"),
 }
-DEEP = {"fused experts", "NaN weight", "Inf weight", "NaN embedding", "hidden states of another shape"}  # inspect need not see these
+DEEP = {
+    "fused experts",
+    "NaN weight",
+    "Inf weight",
+    "NaN embedding",
+    "hidden states of another shape",
+}  # inspect need not see these
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])

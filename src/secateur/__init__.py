@@ -20,10 +20,11 @@ from .errors import (
     ResumeError,
     SecateurError,
 )
+from .runtime.register import register
 
 if TYPE_CHECKING:
     from . import pruning
-    from .api import PruneResult, evaluate, generate, inspect, prune
+    from .api import PruneResult, evaluate, generate, inspect, pack, prune, unpack
     from .pruning import METHODS, Method, parse_method, parse_pattern
 
 # Names that need torch are found when they are asked for, so that `import secateur` and `--help` stay quick.
@@ -32,7 +33,9 @@ _LAZY = {
     "evaluate": "api",
     "generate": "api",
     "inspect": "api",
+    "pack": "api",
     "prune": "api",
+    "unpack": "api",
     "METHODS": "pruning",
     "Method": "pruning",
     "parse_method": "pruning",
@@ -54,11 +57,16 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect",
+    "pack",
     "parse_method",
     "parse_pattern",
     "prune",
     "pruning",
+    "unpack",
 ]
+
+
+register()  # from_pretrained opens packed checkpoints from here on
 
 
 def __getattr__(name: str) -> Any:

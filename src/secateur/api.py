@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .errors import OptionError, OutputError
+from .errors import ModelError, OptionError, OutputError
 from .evaluation.generation import continue_text
 from .evaluation.inspection import inspect_matrices
 from .evaluation.perplexity import perplexity
@@ -22,6 +22,7 @@ from .models.source import load_model, load_tokenizer, locate, open_checkpoint
 from .pipeline.calibration import Tokens, evaluation_windows
 from .pipeline.live import prune_live
 from .pipeline.machine import choose_device
+from .pipeline.packing import pack_checkpoint, unpack_checkpoint
 from .pipeline.plan import Request
 from .pipeline.prune import prune_checkpoint
 from .progress import Progress
@@ -61,6 +62,8 @@ def prune(
     propagate: str = "block",
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    format: str = "dense",
+    values: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
@@ -94,6 +97,8 @@ def prune(
             ``sequential``, every pruned matrix before them, at the cost of one forward in place of two.
         include: expressions; only matrices in whose name one is found.
         exclude: expressions; no matrix in whose name one is found.
+        format: of the pruned matrices: ``dense``, ``bitmask`` (any zeros), ``nm`` (N:M with M up to 16).
+        values: ``int8`` rounds packed values to 8 bits, with a scale for each row; None keeps them exactly.
         dtype: of the written tensors; ``auto`` is the source's.
         device: where to compute; ``auto`` is a GPU if there is one.
         threads: for torch; None leaves them alone.
@@ -113,11 +118,12 @@ def prune(
         method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
         seed=seed, allocation=allocation, propagate=propagate, include=include, exclude=exclude, dtype=dtype,
         device=device, threads=threads, evaluate=evaluate, trust_remote_code=trust_remote_code,
+        format=format, values=values,
     )  # fmt: skip
     if isinstance(model, PreTrainedModel) or output is None:
-        if evaluate or dry_run or dtype != "auto":
+        if evaluate or dry_run or dtype != "auto" or format != "dense":
             raise OptionError(
-                "evaluate, dry_run and dtype are for pruning from disk to disk: give a model's name and an output"
+                "evaluate, dry_run, dtype and format are for pruning from disk to disk: give a model's name and output"
             )
         if not isinstance(model, PreTrainedModel):
             live, own = _load(str(model), request)
@@ -141,6 +147,64 @@ def prune(
         dry_run=dry_run, overwrite=overwrite, resume=resume,
     )  # fmt: skip
     return PruneResult(None, None if dry_run else _path(output), report)
+
+
+def pack(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str = "bitmask",
+    values: str | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Pack the matrices of a pruned checkpoint, so that it is smaller on disk and in memory (docs/formats.md).
+
+    Args:
+        model: directory, hub id or ``.gguf`` file of a model that was pruned, by whatever tool.
+        output: directory of the packed checkpoint.
+        format: ``bitmask`` (any zeros) or ``nm`` (N:M with M up to 16).
+        values: ``int8`` rounds values to 8 bits, with a scale for each row; None keeps them exactly.
+        overwrite: replace an earlier result of Secateur.
+        resume: go on with an unfinished run.
+        trust_remote_code: let Python code that comes with the model run.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    return pack_checkpoint(
+        str(model), _path(output), format, values, progress or terminal_progress(lines=False), overwrite=overwrite,
+        resume=resume, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def unpack(
+    model: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a packed checkpoint dense again, as any other tool reads it.
+
+    Args:
+        model: directory or hub id of a checkpoint that Secateur packed.
+        output: directory of the dense checkpoint.
+        overwrite: replace an earlier result of Secateur.
+        trust_remote_code: let Python code that comes with the model run.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    return unpack_checkpoint(
+        str(model), _path(output), progress or terminal_progress(lines=False), overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 def evaluate(
@@ -249,6 +313,8 @@ def _load(model: str, request: Request) -> tuple[PreTrainedModel, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         trusted = request.trust_remote_code
         directory = as_checkpoint(locate(model, trusted), Path(scratch))
+        if open_checkpoint(directory, trusted).packed:
+            raise ModelError(f"{model}: is packed; give an output as well, or unpack it first")
         device = choose_device(request.device)
         model_in_memory: PreTrainedModel = load_model(directory, "auto", trusted).to(device)
         return model_in_memory, load_tokenizer(directory, trusted)

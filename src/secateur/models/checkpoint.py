@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as files: safetensors shards, read and written tensor by tensor.
+"""A Hugging Face checkpoint as files: safetensors shards, read and written tensor by tensor, packed or not.
 
 The safetensors library maps whole shards, and mapped pages count as memory; this module reads and writes
 only the bytes of the tensors that are asked for.
@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, NumericsError, OutputError, unwritable
+from .formats import DTYPES as FLOATS
+from .formats import VALUES, Packing, check, unpack
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 POINTER = b"version https://git-lfs"
 COPY_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100 << 20
+QUANT_METHOD, VERSION = "secateur", 1  # of packed checkpoints
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -57,6 +60,77 @@ class TensorInfo(NamedTuple):
     def weights(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.begin
+
+
+class PackedInfo(NamedTuple):
+    """Where the parts of one packed matrix lie; to the reader it is the parameter that it was."""
+
+    name: str
+    packing: Packing
+    parts: Mapping[str, TensorInfo]
+
+    @property
+    def path(self) -> Path:
+        """The shard of its values."""
+        return self.parts[VALUES].path
+
+    @property
+    def begin(self) -> int:
+        """The first byte of its values."""
+        return self.parts[VALUES].begin
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return FLOATS[self.packing.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter in the model."""
+        rows, columns = self.packing.shape
+        return (columns, rows) if self.packing.transposed else (rows, columns)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, zeros included."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parts."""
+        return self.packing.bytes
+
+
+Info = TensorInfo | PackedInfo
+
+
+def with_packed(tensors: Mapping[str, TensorInfo], packings: Mapping[str, Packing]) -> dict[str, Info]:
+    """Put the parts of packed matrices together.
+
+    Raises:
+        ModelError: a part is missing, or has another dtype or length than its packing says.
+    """
+    found: dict[str, Info] = dict(tensors)
+    packed: dict[str, Info] = {}
+    for name, packing in packings.items():
+        parts: dict[str, TensorInfo] = {}
+        for suffix, (dtype, length) in packing.parts.items():
+            info = tensors.get(name + suffix)
+            if info is None or info.dtype != dtype or info.shape != (length,):
+                raise ModelError(
+                    f"{name}{suffix}: is missing, or not the {length} values of {dtype} that config.json tells; pack "
+                    "or download the model again"
+                )
+            parts[suffix] = info
+            if found.pop(name + suffix, None) is None:
+                raise ModelError(f"{name}{suffix}: belongs to two packed matrices; pack or download the model again")
+        packed[name] = PackedInfo(name, packing, parts)
+    return found | packed
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -113,10 +187,19 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """Read one tensor into memory of its own."""
+def read_tensor(info: Info) -> Tensor:
+    """Read one tensor into memory of its own, a packed one unpacked.
+
+    Raises:
+        ModelError: the file ends too early, or a packed matrix is not what was packed.
+    """
+    if isinstance(info, PackedInfo):
+        parts = {suffix: read_tensor(part) for suffix, part in info.parts.items()}
+        check(info.name, info.packing, parts)
+        W_OI = unpack(info.packing, parts)
+        return W_OI.T.contiguous() if info.packing.transposed else W_OI
     if info.begin == info.end:
-        return torch.empty(info.shape, dtype=info.dtype)
+        return torch.empty(info.shape, dtype=info.dtype, device="cpu")  # whatever the default device is
     buffer = bytearray(info.end - info.begin)
     with _opened(info.path) as file:
         file.seek(info.begin)
@@ -154,8 +237,20 @@ def tensor_entry(name: str, tensor: Tensor) -> Entry:
     return Entry(name, data.dtype, tuple(data.shape), pieces)
 
 
-def copied_entry(name: str, info: TensorInfo, dtype: torch.dtype | None = None) -> Entry:
-    """An entry that copies a tensor's bytes from another file, or casts it if it is a float of another dtype."""
+def packed_entries(info: PackedInfo) -> list[Entry]:
+    """The entries that copy a packed matrix from another file."""
+    return [copied_entry(info.name + suffix, part) for suffix, part in info.parts.items()]
+
+
+def copied_entry(name: str, info: Info, dtype: torch.dtype | None = None) -> Entry:
+    """An entry that copies a tensor's bytes from another file, unpacks it, or casts it if it is a float."""
+    if isinstance(info, PackedInfo):
+        dtype = dtype or info.dtype
+
+        def unpacked() -> Iterator[bytes | memoryview]:
+            yield from tensor_entry(name, read_tensor(info).to(dtype)).pieces()
+
+        return Entry(name, dtype, info.shape, unpacked)
     if dtype is not None and info.dtype.is_floating_point and info.dtype != dtype:
 
         def cast() -> Iterator[bytes | memoryview]:
@@ -223,7 +318,7 @@ class Checkpoint:
     """
 
     directory: Path
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Info]
     trust_remote_code: bool = False
 
     @staticmethod
@@ -231,19 +326,19 @@ class Checkpoint:
         """Open a directory and check every shard's header.
 
         Raises:
-            ModelError: there are no safetensors weights, a shard is missing, or a header is unsound.
+            ModelError: there are no safetensors weights, a shard is missing, or a header or packing is unsound.
         """
         tensors: dict[str, TensorInfo] = {}
         for shard in shard_names(directory):
             tensors |= read_header(directory / shard)[0]
-        return Checkpoint(directory, tensors, trust_remote_code)
+        return Checkpoint(directory, with_packed(tensors, read_packings(directory)), trust_remote_code)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor by its name on disk."""
         return read_tensor(self.tensors[name])
 
     def shards(self) -> dict[str, list[str]]:
-        """Return each shard's file name with the names of its tensors, in the order of their bytes."""
+        """Return each shard's file name with the names of its tensors, in the order of their first bytes."""
         grouped: dict[str, list[str]] = {}
         for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
             grouped.setdefault(info.path.name, []).append(name)
@@ -257,7 +352,12 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.end - info.begin for info in self.tensors.values())
+        return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def packed(self) -> dict[str, PackedInfo]:
+        """The packed matrices, by name."""
+        return {name: info for name, info in self.tensors.items() if isinstance(info, PackedInfo)}
 
 
 def digest(paths: Iterable[Path], advance: Callable[[int], object] = lambda done: None) -> str:
@@ -269,6 +369,42 @@ def digest(paths: Iterable[Path], advance: Callable[[int], object] = lambda done
                 sha.update(piece)
                 advance(len(piece))
     return sha.hexdigest()
+
+
+def read_packings(directory: Path) -> dict[str, Packing]:
+    """Return what a directory's ``config.json`` says of packed matrices; nothing if it is not packed by Secateur.
+
+    Raises:
+        ModelError: it was packed in a later version of the format, or an entry is unsound.
+    """
+    try:
+        packed = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}  # others say what is wrong with it
+    ours = isinstance(packed, dict) and packed.get("quant_method") == QUANT_METHOD
+    return parse_packings(packed, str(directory)) if ours else {}
+
+
+def parse_packings(packed: Mapping[str, Any], where: str) -> dict[str, Packing]:
+    """Read the ``quantization_config`` of a packed checkpoint.
+
+    Raises:
+        ModelError: it was packed in a later version of the format, or an entry is unsound.
+    """
+    if packed.get("version") != VERSION:
+        raise ModelError(
+            f"{where}: packed in version {packed.get('version')!r} of the format; install a newer Secateur"
+        )
+    matrices = packed.get("matrices")
+    if not isinstance(matrices, dict):
+        raise ModelError(f"{where}: config.json names no packed matrices; pack or download the model again")
+    return {name: Packing.from_json(name, entry) for name, entry in matrices.items()}
+
+
+def packed_config(packings: Mapping[str, Packing]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a packed checkpoint."""
+    matrices = {name: packing.to_json() for name, packing in packings.items()}
+    return {"quant_method": QUANT_METHOD, "version": VERSION, "matrices": matrices}
 
 
 def shard_names(directory: Path) -> list[str]:

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
 from .anatomy import Skeleton
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, PackedInfo
 from .matrices import Matrix, matrices
 from .memory import give_back_memory, large_tensors_apart
 from .source import first_line, quiet_transformers
@@ -86,18 +87,10 @@ class DiskHost:
 
     def _sort_names(self) -> None:
         """Group the checkpoint's names by the block (None: no block) and by the parameter they are loaded into."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, WeightConverter)]
-        state = self.model.state_dict()
         prefix = self.skeleton.path + "."
-        for name in self.checkpoint.tensors:
-            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
-            if target not in state and name in state:
-                target = name
+        targets = names_in_memory(self.model, self.checkpoint.tensors)
+        refuse_turned(self.model, self.checkpoint.packed, targets)
+        for name, target in targets.items():
             index = target[len(prefix) :].split(".")[0] if target.startswith(prefix) else ""
             self.names.setdefault(int(index) if index.isdigit() else None, []).append(name)
             self.names_of.setdefault(target, []).append(name)
@@ -163,6 +156,37 @@ class DiskHost:
             if info is None or info.shape != tuple(tensor.shape):
                 raise ModelError(f"{name}: transformers does not give back the checkpoint's own names and shapes")
         return back
+
+
+def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return for names on disk the name of the parameter that each is loaded into."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, str] = {}
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        found[name] = name if target not in state and name in state else target
+    return found
+
+
+def refuse_turned(model: PreTrainedModel, packed: Mapping[str, PackedInfo], targets: Mapping[str, str]) -> None:
+    """Refuse matrices that are said to lie transposed where the model's do not, or not where they do.
+
+    Raises:
+        ModelError: it is so; a square matrix would be read wrongly.
+    """
+    modules = dict(model.named_modules())
+    for name, info in packed.items():
+        module = modules.get(targets[name].removesuffix(".weight"))
+        if info.packing.transposed != isinstance(module, Conv1D):
+            raise ModelError(
+                f"{name}: lies otherwise in the model than config.json tells (transposed); pack or download it again"
+            )
 
 
 def _drop_weights(block: nn.Module) -> None:

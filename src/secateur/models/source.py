@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError
-from .checkpoint import INDEX, SINGLE, Checkpoint
+from ..errors import ModelError, SecateurError
+from .checkpoint import INDEX, SINGLE, Checkpoint, read_packings
 
 log = logging.getLogger("secateur")
 
@@ -147,7 +147,7 @@ def open_checkpoint(directory: Path, trust_remote_code: bool = False) -> Checkpo
         what = " ".join(str(error).split())[:200]
         raise ModelError(f"{directory}: transformers cannot read config.json ({what})") from None
     quantised = getattr(config, "quantization_config", None)
-    if quantised:
+    if quantised and not read_packings(directory):
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
         raise ModelError(f"{directory}: the weights are quantised ({kind}); prune the original 16-bit model instead")
     if config.get_text_config() is not config:
@@ -181,6 +181,8 @@ def load_model(directory: Path, dtype: torch.dtype | str, trust_remote_code: boo
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
+    except SecateurError:
+        raise
     except Exception as error:  # whatever a model's own code raises
         raise ModelError(f"{directory}: transformers cannot load it ({first_line(error)[:200]})") from None
     model, found = loaded

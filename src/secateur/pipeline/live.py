@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import OutputError, SecateurError, unwritable
+from ..errors import ModelError, OutputError, SecateurError, unwritable
+from ..models.checkpoint import QUANT_METHOD
 from ..models.hosts import LiveHost
 from ..models.matrices import Matrix
 from ..models.source import load_tokenizer, quiet_transformers
@@ -30,7 +31,8 @@ from .stream import Stream
 class LiveRun:
     """The results of a model in memory: its new weights are in it already."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: LiveHost) -> None:
+        self.host = host
         self.blocks: list[dict[str, Any]] = []
 
     @property
@@ -48,6 +50,10 @@ class LiveRun:
             for parameter, weights in zip(block.parameters(), former, strict=True):
                 parameter.data.copy_(weights)
             raise
+
+    def as_written(self, matrix: Matrix, W_OI: Tensor) -> Tensor:
+        """Cast new weights to the dtype in which the model keeps them."""
+        return W_OI.to(self.host.written_dtype(matrix))
 
     def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
         """The resident block is the model's own."""
@@ -82,8 +88,13 @@ def prune_live(
             raise OutputError(f"{output}: is not empty; choose another directory")
         if (unfinished := run_path(output)).exists():
             raise OutputError(f"{unfinished}: holds an unfinished run; finish it, remove it, or choose another OUTPUT")
+    if getattr(model, "quantization_method", None) == QUANT_METHOD:
+        raise ModelError(
+            f"{model.name_or_path}: is packed, and stays so in memory; prune it from disk to disk, or unpack it first"
+        )
     started = time.perf_counter()
-    host, results = LiveHost(model), LiveRun()
+    host = LiveHost(model)
+    results = LiveRun(host)
     try:
         with threads(request.threads), host.borrowed(), tempfile.TemporaryDirectory() as folder:
             tokens = None
@@ -106,6 +117,7 @@ def prune_live(
         seconds={"pruning": sum(b["seconds"] for b in results.blocks), "this_process": time.perf_counter() - started},
         peak_memory_bytes=peak_memory_bytes(),
         bytes=None,
+        packed=None,
         evaluation=None,
     )
     if output is not None:

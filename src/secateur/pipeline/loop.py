@@ -37,6 +37,9 @@ class Run(Protocol):
     def guarded(self, block: nn.Module) -> AbstractContextManager[None]:
         """Prune a resident block whole or, after an error, not at all."""
 
+    def as_written(self, matrix: Matrix, W_OI: Tensor) -> Tensor:
+        """Return new weights as they will be read from the result: cast, and rounded if values are."""
+
     def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
         """Keep a block's new weights, which are in the resident block."""
 
@@ -93,7 +96,7 @@ def prune_blocks(host: Host, job: Job, stream: Stream | None, run: Run, progress
             observer = Observer({n: m for n, m in chosen.items() if n not in unobserved}, job.method.needs)
             with closing(_ready(stream, index, block, observer, job, progress)) as groups:
                 records = [
-                    prune_matrix(host, chosen[name], job, observer)
+                    prune_matrix(run, chosen[name], job, observer)
                     for names in groups
                     for name in names
                     if stream is None or observer.seen(name)
@@ -142,13 +145,13 @@ def check_left_out(names: Iterable[str], weights: Mapping[str, int], why: str) -
         )
 
 
-def prune_matrix(host: Host, matrix: Matrix, job: Job, observer: Observer) -> dict[str, Any]:
-    """Prune one matrix of a resident block, in the dtype in which it is written, and return its record."""
+def prune_matrix(run: Run, matrix: Matrix, job: Job, observer: Observer) -> dict[str, Any]:
+    """Prune one matrix of a resident block, as it will be written, and return its record."""
     statistics = observer.statistics(matrix.name) if job.method.needs else Statistics()
     target = job.targets[matrix.name]
     W_OI = matrix.read()
     new_OI, mask_OI = _prune(matrix.name, W_OI, statistics, job.method, target)
-    written = new_OI.to(host.written_dtype(matrix))
+    written = run.as_written(matrix, new_OI)
     if not _finite(written):
         raise NumericsError(
             f"{matrix.name}: a new weight does not fit {written.dtype}; use --dtype float32 or bfloat16"

@@ -5,14 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ModelError, OutputError, unwritable
-from ..models.checkpoint import INDEX, SINGLE, Checkpoint, Entry, TensorInfo, copied_entry, index_of, write_safetensors
+from ..models.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Entry,
+    Info,
+    PackedInfo,
+    copied_entry,
+    index_of,
+    packed_config,
+    packed_entries,
+    write_safetensors,
+)
+from ..models.formats import Packing
 from ..progress import Progress
 from .plan import Plan
 from .run_directory import report_of, write_text
@@ -51,12 +64,14 @@ def check_output(output: Path, model: Path, overwrite: bool) -> None:
 
 def write_checkpoint(
     source: Checkpoint,
-    blocks: Sequence[dict[str, TensorInfo]],
+    blocks: Sequence[Mapping[str, Info]],
     target: Path,
     dtype: torch.dtype | None,
     progress: Progress,
 ) -> None:
     """Write a complete checkpoint: new tensors from the finished blocks, all others byte for byte from the source.
+
+    What the blocks hold packed is written packed; what the source holds packed is unpacked.
 
     Shards are those of the source.
 
@@ -75,14 +90,30 @@ def write_checkpoint(
     for shard, names in source.shards().items():
         entries: list[Entry] = []
         for name in names:
-            entry = copied_entry(name, new.get(name, source.tensors[name]), dtype)
-            entries.append(entry)
-            sizes.setdefault(shard, []).append((name, torch.Size(entry.shape).numel() * entry.dtype.itemsize))
+            info = new.get(name)
+            if isinstance(info, PackedInfo):
+                entries += packed_entries(info)
+            else:
+                entries.append(copied_entry(name, info or source.tensors[name], dtype))
+        sizes[shard] = [(e.name, torch.Size(e.shape).numel() * e.dtype.itemsize) for e in entries]
         write_safetensors(target / shard, [_counted(entry, progress) for entry in entries])
     if set(sizes) != {SINGLE}:
         write_text(target / INDEX, index_of(sizes))
     copy_small_files(source, target, dtype)
+    packings = {name: info.packing for name, info in new.items() if isinstance(info, PackedInfo)}
+    _write_packings(target, packings)
     progress.finish()
+
+
+def _write_packings(target: Path, packings: Mapping[str, Packing]) -> None:
+    """Have ``config.json`` say what is packed, and nothing if nothing is."""
+    config = json.loads((target / "config.json").read_text())
+    if not packings and "quantization_config" not in config:
+        return
+    config.pop("quantization_config", None)
+    if packings:
+        config["quantization_config"] = packed_config(packings)
+    write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _counted(entry: Entry, progress: Progress) -> Entry:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from ..errors import OptionError, nearest
+from ..models.formats import MAX_M
 from ..models.hosts import Host, block_matrices
 from ..models.matrices import unreadable
 from ..pruning import NM, Method, Statistics, allocate, mean_sparsity, parse_method, parse_pattern
@@ -29,6 +30,7 @@ log = logging.getLogger("secateur")
 MOST_THREADS = 1024
 PROPAGATE = ("block", "dense", "sequential")
 ALLOCATIONS = ("uniform",)
+FORMATS = ("dense", "bitmask", "nm")
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -52,6 +54,8 @@ class Request:
     threads: int | None = None
     evaluate: str | None = None
     trust_remote_code: bool = False
+    format: str = "dense"
+    values: str | None = None
 
     def check(self) -> None:
         """Raise OptionError for what can be refused before a model is opened."""
@@ -67,6 +71,9 @@ class Request:
         written_dtype(self.dtype)
         if self.propagate not in PROPAGATE:
             raise OptionError(f"unknown propagate {self.propagate!r}: {nearest(self.propagate, PROPAGATE)}")
+        check_format(self.format, self.values)
+        if self.format == "nm" and not (isinstance(target.pattern, NM) and target.pattern.m <= MAX_M):
+            raise OptionError(f"format nm: holds N:M patterns with M up to {MAX_M}, not {target.pattern}; use bitmask")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise OptionError(f"threads {self.threads}: at least 1 is needed, and {MOST_THREADS} are the most")
         for name in ("include", "exclude"):
@@ -143,7 +150,8 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "propagate": request.propagate,
         "include": listed(request.include),
         "exclude": listed(request.exclude),
-        "format": "dense",
+        "format": request.format,
+        "values": request.values,
         "dtype": request.dtype,
         "device": str(host.device),
         "threads": torch.get_num_threads(),
@@ -252,6 +260,16 @@ def allocation_rules(allocation: str | Rules) -> Rules | None:
             f"{allocation}: holds neither a table of keys and sparsities nor a list of one number per block"
         )
     return rules
+
+
+def check_format(format: str, values: str | None) -> None:
+    """Raise OptionError for an unknown format, or values that it does not have."""
+    if format not in FORMATS:
+        raise OptionError(f"unknown format {format!r}: {nearest(format, FORMATS)}")
+    if values is not None and values != "int8":
+        raise OptionError(f"unknown values {values!r}: int8, or leave it out to keep them exactly")
+    if values is not None and format == "dense":
+        raise OptionError("values int8: a dense checkpoint keeps its values; use --format bitmask or nm")
 
 
 def written_dtype(name: str) -> torch.dtype | None:

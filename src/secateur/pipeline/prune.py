@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from .estimate import estimate
 from .loop import prune_blocks
 from .machine import choose_device, peak_memory_bytes, threads
 from .output import check_output, make_report, write_checkpoint
+from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
-from .run_directory import REPORT, DiskRun, RunDirectory, check_room, differences, report_of, write_text
+from .run_directory import REPORT, DiskRun, RunDirectory, check_room, finished_result, write_text
 from .stream import Stream
 
 log = logging.getLogger("secateur")
@@ -73,10 +74,8 @@ def prune_checkpoint(
     try:
         with threads(request.threads):
             host, tokens, plan, source = _prepare(model, path, run.path, request, progress, tokenizer)
-            finished = report_of(output) if output.exists() else None
-            if finished is not None and not overwrite:
-                _same_or_refused(output, finished, plan)
-                log.info("%s: holds the finished result of this plan already; nothing to do", output)
+            finished = None if overwrite else finished_result(output, plan.record)
+            if finished is not None:
                 run.forget()
                 return finished
             run.begin(plan.record)
@@ -107,14 +106,6 @@ def _prepare(
     return host, tokens, make_plan(request, host, facts, tokens), source
 
 
-def _same_or_refused(output: Path, finished: Mapping[str, Any], plan: Plan) -> None:
-    differing = differences(finished.get("plan", {}), plan.record)
-    if differing:
-        raise OutputError(
-            f"{output}: holds the result of a plan with {differing[0]}; choose another OUTPUT, or --overwrite it"
-        )
-
-
 def _run(
     run: RunDirectory,
     host: DiskHost,
@@ -129,7 +120,7 @@ def _run(
     needed = estimate(plan, host, tokens)["estimate"]["disk_bytes"]
     check_room(run.path, 0 if run.blocks else needed, "this run")
     before = _evaluated(run, plan, "before", source.directory, evaluate)
-    results = DiskRun(run, host)
+    results = DiskRun(run, host, plan.record["format"], plan.record["values"])
     if results.done:
         log.info("going on from block %d of %d", results.done + 1, len(host.skeleton.real))
     if results.done < len(host.skeleton.real):
@@ -146,6 +137,7 @@ def _run(
         seconds={"pruning": sum(b["seconds"] for b in run.blocks), "this_process": time.perf_counter() - started},
         peak_memory_bytes=peak_memory_bytes(),
         bytes=_bytes(path, source, target),
+        packed=packed_bytes(Checkpoint.open(target)),
         evaluation={"before": before, "after": after} if after else None,
     )
     write_text(target / REPORT, json.dumps(report, indent=1))

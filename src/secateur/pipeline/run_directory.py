@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from ..errors import OutputError, ResumeError, unwritable
-from ..models.checkpoint import TensorInfo, read_header, read_tensor, tensor_entry, write_safetensors
+from ..models.checkpoint import Info, read_header, read_tensor, tensor_entry, with_packed, write_safetensors
+from ..models.formats import Packing, pack, unpack
 from ..models.hosts import DiskHost
 from ..models.matrices import Matrix
 from .machine import boot_id
+
+log = logging.getLogger("secateur")
 
 REPORT = "secateur.json"
 
@@ -163,18 +168,21 @@ class RunDirectory:
         """Whether the hidden states of the last finished block were written since the machine was last started."""
         return bool(self.blocks) and boot_id() is not None and self.blocks[-1]["boot"] == boot_id()
 
-    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a block's new tensors, by their names on disk."""
+    def write_block(self, index: int, tensors: Mapping[str, Tensor], packings: Mapping[str, Packing]) -> None:
+        """Write a block's new tensors, by their names on disk; those that have a packing are its parts."""
         folder = self.path / "blocks"
         folder.mkdir(exist_ok=True)
         path = folder / f"{index:04d}.safetensors"
         part = path.with_suffix(".part")
-        write_safetensors(part, [tensor_entry(name, tensor) for name, tensor in tensors.items()])
+        metadata = {"packings": json.dumps({name: packing.to_json() for name, packing in packings.items()})}
+        write_safetensors(part, [tensor_entry(name, tensor) for name, tensor in tensors.items()], metadata)
         _into_place(part, path)
 
-    def block_tensors(self, index: int) -> dict[str, TensorInfo]:
+    def block_tensors(self, index: int) -> dict[str, Info]:
         """Return where the new tensors of a finished block lie."""
-        return read_header(self.path / "blocks" / f"{index:04d}.safetensors")[0]
+        tensors, metadata = read_header(self.path / "blocks" / f"{index:04d}.safetensors")
+        packings = json.loads(metadata.get("packings", "{}"))
+        return with_packed(tensors, {name: Packing.from_json(name, entry) for name, entry in packings.items()})
 
     def install(self) -> None:
         """Rename what was written to ``output/`` to its final place, and remove the run directory.
@@ -240,8 +248,19 @@ def run_path(output: Path) -> Path:
 class DiskRun:
     """The loop's results on their way into a run directory."""
 
-    def __init__(self, directory: RunDirectory, host: DiskHost) -> None:
-        self.directory, self.host = directory, host
+    def __init__(
+        self, directory: RunDirectory, host: DiskHost, format: str = "dense", values: str | None = None
+    ) -> None:
+        """Take the results of a run.
+
+        Args:
+            directory: where they go.
+            host: the model.
+            format: of the pruned matrices.
+            values: ``int8`` rounds their values; None keeps them.
+        """
+        self.directory, self.host, self.format, self.values = directory, host, format, values
+        self._packed: dict[str, tuple[Packing, dict[str, Tensor]]] = {}
 
     @property
     def done(self) -> int:
@@ -252,10 +271,35 @@ class DiskRun:
         """A block from disk is dropped after an error."""
         return nullcontext()
 
+    def as_written(self, matrix: Matrix, W_OI: Tensor) -> Tensor:
+        """Return new weights as they will be read from the result, and remember them packed if they are to be.
+
+        Raises:
+            OptionError: their zeros do not have the pattern that the format asks for.
+        """
+        written = W_OI.to(self.host.written_dtype(matrix))
+        name = name_if_packable(self.host, matrix)
+        packed = pack(name, written, self.format, self.values) if name and self.format != "dense" else None
+        if name is None or packed is None:
+            return written
+        packing, parts = packed
+        self._packed[name] = replace(packing, transposed=matrix.transposed), parts
+        return unpack(packing, parts)
+
+    @property
+    def packed(self) -> dict[str, Packing]:
+        """What of the resident block is packed so far, by names on disk."""
+        return {name: packing for name, (packing, _) in self._packed.items()}
+
     def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
         """Write the parameters of a resident block's pruned matrices under their names on disk."""
         changed = {m.parameter: m.weight.detach().to(self.host.written_dtype(m)) for m in pruned}
-        self.directory.write_block(index, self.host.on_disk(changed) if changed else {})
+        tensors = self.host.on_disk(changed) if changed else {}
+        for name, (_, parts) in self._packed.items():
+            del tensors[name]
+            tensors |= {name + suffix: part for suffix, part in parts.items()}
+        self.directory.write_block(index, tensors, self.packed)
+        self._packed.clear()
 
     def finish(self, index: int, record: dict[str, Any]) -> None:
         """Note that a block is finished."""
@@ -264,6 +308,13 @@ class DiskRun:
     def written(self, index: int) -> dict[str, Tensor]:
         """Read a finished block's new tensors, by their names on disk."""
         return {name: read_tensor(info) for name, info in self.directory.block_tensors(index).items()}
+
+
+def name_if_packable(host: DiskHost, matrix: Matrix) -> str | None:
+    """Return a matrix's name on disk if it lies there as it does in memory; experts are fused in memory only."""
+    names = host.names_of[matrix.parameter]
+    own = (matrix.parameter, matrix.parameter.removeprefix(f"{host.model.base_model_prefix}."))
+    return names[0] if matrix.expert is None and len(names) == 1 and names[0] in own else None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -299,6 +350,23 @@ def _into_place(part: Path, path: Path) -> None:
                 raise
         finally:
             os.close(folder)
+
+
+def finished_result(output: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the report of an output that holds the finished result of this very plan; None if there is no output.
+
+    Raises:
+        OutputError: it holds the result of another plan.
+    """
+    finished = report_of(output) if output.exists() else None
+    if finished is None:
+        return None
+    if differing := differences(finished["plan"], plan):
+        raise OutputError(
+            f"{output}: holds the result of a plan with {differing[0]}; choose another OUTPUT, or --overwrite it"
+        )
+    log.info("%s: holds the finished result of this plan already; nothing to do", output)
+    return finished
 
 
 def write_text(path: Path, text: str) -> None:

@@ -45,6 +45,29 @@ def number(value: float | None) -> str:
     return "beyond measure" if value is None else f"{value:,.2f}"
 
 
+def packed_words(packed: Mapping[str, Any]) -> str:
+    """How much smaller packed matrices are, and should be."""
+    true, predicted = packed["true"] / packed["dense"], packed["predicted"] / packed["dense"]
+    return f"{packed['matrices']} packed: {true:.4f} of their dense bytes, {predicted:.4f} predicted"
+
+
+def packing_table(report: Mapping[str, Any]) -> Table:
+    """What packing or unpacking did to a checkpoint's bytes."""
+    plan, sizes = report["plan"], report["bytes"]
+    values = f", values {plan['values']} (rounded)" if plan.get("values") else ""
+    table = Table(title=f"{plan['model']['name']}: {plan['command']} {plan.get('format', '')}{values}".rstrip())
+    for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    ratio = sizes["output"] / sizes["source"]
+    table.add_row("checkpoint", size(sizes["source"]), size(sizes["output"]), f"{ratio:.4f} of its bytes")
+    if packed := report["packed"]:
+        table.add_row("packed matrices", size(packed["dense"]), size(packed["true"]), packed_words(packed))
+    if dense := report["dense_matrices"]:
+        more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
+        table.add_row("left dense", "", str(len(dense)), f"{', '.join(dense[:3])}{more}")
+    return table
+
+
 def prune_table(report: Mapping[str, Any]) -> Table:
     """What a run did, what it cost, and what it gained."""
     plan = report["plan"]
@@ -72,6 +95,9 @@ def prune_table(report: Mapping[str, Any]) -> Table:
             table.add_row(
                 "source file", size(sizes["source_files"]), "", "quantised, and smaller than the pruned checkpoint"
             )
+    if packed := report.get("packed"):
+        rounded = f"; values {plan['values']} (rounded)" if plan.get("values") else ""
+        table.add_row("pruned matrices", size(packed["dense"]), size(packed["true"]), packed_words(packed) + rounded)
     if calibration := plan["calibration"]:
         what = f"{calibration['samples']} sequences, {calibration['tokens']:,} tokens of {calibration['source']}"
         table.add_row("calibration", "", "", what)

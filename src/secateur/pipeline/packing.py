@@ -1,0 +1,167 @@
+"""A checkpoint packed or unpacked as a whole, one block in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError, OptionError, OutputError, unwritable
+from ..models.checkpoint import Checkpoint, PackedInfo, digest
+from ..models.gguf import as_checkpoint
+from ..models.hosts import DiskHost, block_matrices
+from ..models.source import locate, open_checkpoint
+from ..progress import Progress
+from .machine import software
+from .output import SCHEMA, check_output, write_checkpoint
+from .plan import check_format
+from .run_directory import (
+    REPORT,
+    DiskRun,
+    RunDirectory,
+    check_room,
+    finished_result,
+    name_if_packable,
+    report_of,
+    write_text,
+)
+
+Work = Callable[[RunDirectory, Checkpoint], list[Any]]
+
+
+def pack_checkpoint(
+    model: str,
+    output: Path,
+    format: str,
+    values: str | None,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Pack the matrices of a pruned checkpoint, losslessly but for ``values="int8"``; go on where a killed run stopped.
+
+    Matrices that would not shrink stay dense, and so do experts.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    if format == "dense":
+        raise OptionError("format dense: packs nothing; use bitmask or nm, or secateur unpack")
+    check_format(format, values)
+
+    def work(run: RunDirectory, source: Checkpoint) -> list[Any]:
+        host = DiskHost(source, torch.device("cpu"))
+        results, count = DiskRun(run, host, format, values), len(host.skeleton.real)
+        progress.start("packing", count, done=results.done)
+        for index in range(results.done, count):
+            with host.block(index):
+                matrices = block_matrices(host, index)
+                for matrix in matrices.values():
+                    if name := name_if_packable(host, matrix):
+                        W = source.read(name)  # as it lies on disk, bit for bit
+                        matrix.write(results.as_written(matrix, W.T if matrix.transposed else W))
+                packed = results.packed
+                results.keep(index, [m for m in matrices.values() if name_if_packable(host, m) in packed])
+            dense = [name for name, m in matrices.items() if name_if_packable(host, m) not in packed]
+            run.note({"block": index, "dense": dense})
+            progress.advance()
+        progress.finish()
+        blocks = [run.block_tensors(index) for index in range(count)]
+        if not any(isinstance(info, PackedInfo) for block in blocks for info in block.values()):
+            run.forget()
+            raise ModelError(f"{model}: no matrix of it would shrink; prune it first")
+        return blocks
+
+    what = {"command": "pack", "format": format, "values": values}
+    return _rewrite(model, output, what, work, progress, overwrite, resume, trust_remote_code)
+
+
+def unpack_checkpoint(
+    model: str, output: Path, progress: Progress, *, overwrite: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Write a packed checkpoint dense again, as any other tool reads it.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+
+    def work(run: RunDirectory, source: Checkpoint) -> list[Any]:
+        if not source.packed:
+            raise ModelError(f"{source.directory}: holds no packed matrices, so there is nothing to unpack")
+        return []
+
+    return _rewrite(model, output, {"command": "unpack"}, work, progress, overwrite, True, trust_remote_code)
+
+
+def _rewrite(
+    model: str,
+    output: Path,
+    what: Mapping[str, Any],
+    work: Work,
+    progress: Progress,
+    overwrite: bool,
+    resume: bool,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    path = locate(model, trust_remote_code)
+    check_output(output, path, overwrite)
+    if output.is_symlink():  # the result goes where it leads
+        output = output.resolve()
+    run = RunDirectory(output, resume)
+    try:
+        source = open_checkpoint(as_checkpoint(path, run.path), trust_remote_code)
+        files = source.files if path.is_dir() else [path]
+        plan = {**what, "model": {"name": model, "digest": digest(files)}, "software": software()}
+        finished = None if overwrite else finished_result(output, plan)
+        if finished is not None:
+            run.forget()
+            return finished
+        run.begin(plan)
+        check_room(
+            run.path,
+            0 if run.blocks else 2 * sum(i.weights * i.dtype.itemsize for i in source.tensors.values()),
+            "this run",
+        )
+        blocks = work(run, source)
+        target = run.path / "output"
+        write_checkpoint(source, blocks, target, None, progress)
+        report = _report(source, Checkpoint.open(target), plan, run.blocks)
+        write_text(target / REPORT, json.dumps(report, indent=1))
+        run.install()
+        return report
+    except OSError as error:
+        raise OutputError(f"{error.filename or run.path}: {unwritable(error)}") from error
+    finally:
+        run.close()
+
+
+def _report(
+    source: Checkpoint, target: Checkpoint, plan: dict[str, Any], blocks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    former = report_of(source.directory)
+    return {
+        "schema": SCHEMA,
+        "plan": plan,
+        "bytes": {"source": source.bytes, "output": target.bytes},
+        "packed": packed_bytes(target),
+        "dense_matrices": [name for block in blocks for name in block["dense"]],
+        "pruned": former.get("pruned", former) if former else None,
+    }
+
+
+def packed_bytes(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Bytes of the packed matrices: dense, as predicted from their sparsity, and as they are; None without any."""
+    packings = [info.packing for info in checkpoint.packed.values()]
+    if not packings:
+        return None
+    return {
+        "matrices": len(packings),
+        "dense": sum(info.weights * info.dtype.itemsize for info in checkpoint.packed.values()),
+        "predicted": round(sum(packing.predicted_bytes for packing in packings)),
+        "true": sum(packing.bytes for packing in packings),
+    }

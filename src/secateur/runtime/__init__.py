@@ -1,0 +1,1 @@
+"""How packed checkpoints run: a linear layer that stays packed, and the hook by which transformers finds it."""

@@ -1,0 +1,122 @@
+"""Packed checkpoints in transformers: `from_pretrained` opens them, `save_pretrained` writes them again.
+
+transformers calls whatever keeps weights in a form of its own a quantizer; ours rounds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import ModelError
+from ..models.checkpoint import (
+    QUANT_METHOD,
+    VERSION,
+    Info,
+    PackedInfo,
+    parse_packings,
+    read_header,
+    read_tensor,
+    with_packed,
+)
+from ..models.memory import give_back_memory, large_tensors_apart
+from .linear import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(QUANT_METHOD)
+class SecateurConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a packed checkpoint (docs/formats.md)."""
+
+    def __init__(self, version: int = VERSION, matrices: dict[str, Any] | None = None, **others: Any) -> None:
+        self.quant_method: Any = QUANT_METHOD
+        self.version, self.matrices = version, matrices or {}
+
+
+@register_quantizer(QUANT_METHOD)
+class SecateurQuantizer(HfQuantizer):
+    """Replaces linear layers by packed ones, and checks every tensor before anything is computed."""
+
+    quantization_config: SecateurConfig
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **others: Any
+    ) -> PreTrainedModel:
+        # Here, since this module is loaded in the midst of transformers' own import.
+        from ..models.hosts import names_in_memory, refuse_turned
+
+        large_tensors_apart()
+        config = self.quantization_config.to_dict()
+        packings = parse_packings(config, str(model.config.name_or_path))
+        tensors: dict[str, Any] = {}
+        for file in checkpoint_files or ():
+            tensors |= read_header(Path(file))[0]
+        found = with_packed(tensors, packings)
+        targets = names_in_memory(model, found)
+        _check_names(model, found, targets)
+        refuse_turned(model, {n: info for n, info in found.items() if isinstance(info, PackedInfo)}, targets)
+        for info in found.values():
+            if isinstance(info, PackedInfo):
+                read_tensor(info)  # checks mask, indices and checksum
+                path = targets[info.name].removesuffix(".weight")
+                parent, _, leaf = path.rpartition(".")
+                linear: Any = model.get_submodule(path)
+                setattr(
+                    model.get_submodule(parent), leaf, PackedLinear(info.packing, linear.bias).to(linear.weight.device)
+                )
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
+        give_back_memory()  # what the checks took
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Note how the matrices are packed now, before they are saved under their names in memory."""
+        packed = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+        self.quantization_config.matrices = {name: m.packing_now().to_json() for name, m in packed.items()}
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """Packed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights cannot be trained."""
+        return False
+
+
+def _check_names(model: PreTrainedModel, found: dict[str, Info], targets: dict[str, str]) -> None:
+    """Refuse a checkpoint that lacks a tensor of the model or holds one of another shape.
+
+    transformers leaves this check to quantizers, and would fill missing tensors with random numbers.
+    """
+    state = model.state_dict()
+    held: dict[str, list[Info]] = {}
+    for name, info in found.items():
+        held.setdefault(targets[name], []).append(info)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(name for name in state.keys() - held.keys() - tied)
+    if missing:
+        raise ModelError(f"{model.config.name_or_path}: the checkpoint has no {missing[0]}; pack or download it again")
+    for name in state.keys() & held.keys():
+        infos = held[name]
+        if len(infos) == 1 and tuple(infos[0].shape) != tuple(state[name].shape):
+            raise ModelError(
+                f"{name}: has the shape {list(infos[0].shape)} on disk and {list(state[name].shape)} in the model; "
+                "pack or download it again"
+            )
+    for name, info in found.items():
+        if isinstance(info, PackedInfo):
+            module = model.get_submodule(targets[name].removesuffix(".weight")) if targets[name] in state else None
+            if not isinstance(module, nn.Module) or getattr(module, "weight", None) is None:
+                raise ModelError(f"{name}: is packed, and no linear layer of the model; pack or download it again")
