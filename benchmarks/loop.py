@@ -19,9 +19,10 @@ from secateur.models.gguf import as_checkpoint
 from secateur.models.hosts import DiskHost
 from secateur.models.source import load_tokenizer, locate, open_checkpoint
 from secateur.pipeline.calibration import calibration_tokens
+from secateur.pipeline.disk_run import DiskRun
 from secateur.pipeline.loop import prune_blocks
 from secateur.pipeline.plan import Request, make_plan
-from secateur.pipeline.run_directory import DiskRun, RunDirectory
+from secateur.pipeline.run_directory import RunDirectory
 from secateur.pipeline.stream import Stream
 from secateur.progress import Silent
 

@@ -187,6 +187,17 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
+def read_parts(info: PackedInfo) -> dict[str, Tensor]:
+    """Read the parts of a packed matrix.
+
+    Raises:
+        ModelError: the file ends too early, or they are not what was packed.
+    """
+    parts = {suffix: read_tensor(part) for suffix, part in info.parts.items()}
+    check(info.name, info.packing, parts)
+    return parts
+
+
 def read_tensor(info: Info) -> Tensor:
     """Read one tensor into memory of its own, a packed one unpacked.
 
@@ -194,9 +205,7 @@ def read_tensor(info: Info) -> Tensor:
         ModelError: the file ends too early, or a packed matrix is not what was packed.
     """
     if isinstance(info, PackedInfo):
-        parts = {suffix: read_tensor(part) for suffix, part in info.parts.items()}
-        check(info.name, info.packing, parts)
-        W_OI = unpack(info.packing, parts)
+        W_OI = unpack(info.packing, read_parts(info))
         return W_OI.T.contiguous() if info.packing.transposed else W_OI
     if info.begin == info.end:
         return torch.empty(info.shape, dtype=info.dtype, device="cpu")  # whatever the default device is

@@ -188,9 +188,10 @@ def check(name: str, packing: Packing, parts: Parts) -> None:
     if packing.format == "bitmask":
         if int(_popcount(parts[MASK]).sum()) != packing.count:
             raise lie("its mask does not count its values")
-        kept = _untiled(_expand(parts[MASK]), packing.shape)
-        if kept[packing.shape[0] :].any() or kept[:, packing.shape[1] :].any():
-            raise lie("its mask goes beyond its edges")
+        if packing.shape[0] % ROWS or packing.shape[1] % COLUMNS:
+            kept = _untiled(_expand(parts[MASK]), packing.shape)
+            if kept[packing.shape[0] :].any() or kept[:, packing.shape[1] :].any():
+                raise lie("its mask goes beyond its edges")
     if packing.m is not None and packing.n is not None:
         index = _unpack_index(parts[INDEX], packing.count, packing.m).view(-1, packing.n)
         if (index >= packing.m).any():
@@ -248,9 +249,8 @@ def _tiles(length: int, size: int) -> int:
 
 
 def _popcount(mask: Tensor) -> Tensor:
-    counts = torch.tensor([bin(byte).count("1") for byte in range(256)], device=mask.device)
-    found: Tensor = counts[mask.long()]
-    return found
+    counts = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8, device=mask.device)
+    return counts.index_select(0, mask.int())
 
 
 def _pack_bitmask(held_OI: Tensor, kept_OI: Tensor) -> tuple[Tensor, Tensor]:

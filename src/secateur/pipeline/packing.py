@@ -15,16 +15,15 @@ from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost, block_matrices
 from ..models.source import locate, open_checkpoint
 from ..progress import Progress
+from .disk_run import DiskRun, name_if_packable
 from .machine import software
 from .output import SCHEMA, check_output, write_checkpoint
 from .plan import check_format
 from .run_directory import (
     REPORT,
-    DiskRun,
     RunDirectory,
     check_room,
     finished_result,
-    name_if_packable,
     report_of,
     write_text,
 )

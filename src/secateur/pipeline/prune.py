@@ -19,13 +19,14 @@ from ..models.matrices import watching
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..progress import Progress
 from .calibration import Tokens, calibration_tokens
+from .disk_run import DiskRun
 from .estimate import estimate
 from .loop import prune_blocks
 from .machine import choose_device, peak_memory_bytes, threads
 from .output import check_output, make_report, write_checkpoint
 from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
-from .run_directory import REPORT, DiskRun, RunDirectory, check_room, finished_result, write_text
+from .run_directory import REPORT, RunDirectory, check_room, finished_result, write_text
 from .stream import Stream
 
 log = logging.getLogger("secateur")

@@ -21,20 +21,17 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import OutputError, ResumeError, unwritable
-from ..models.checkpoint import Info, read_header, read_tensor, tensor_entry, with_packed, write_safetensors
-from ..models.formats import Packing, pack, unpack
-from ..models.hosts import DiskHost
-from ..models.matrices import Matrix
+from ..models.checkpoint import Info, read_header, tensor_entry, with_packed, write_safetensors
+from ..models.formats import Packing
 from .machine import boot_id
 
 log = logging.getLogger("secateur")
@@ -243,78 +240,6 @@ def run_path(output: Path) -> Path:
     if not output.name or output.name == "..":
         raise OutputError(f"{output}: OUTPUT needs a name of its own; give the directory's name")
     return output.with_name(output.name + ".secateur")
-
-
-class DiskRun:
-    """The loop's results on their way into a run directory."""
-
-    def __init__(
-        self, directory: RunDirectory, host: DiskHost, format: str = "dense", values: str | None = None
-    ) -> None:
-        """Take the results of a run.
-
-        Args:
-            directory: where they go.
-            host: the model.
-            format: of the pruned matrices.
-            values: ``int8`` rounds their values; None keeps them.
-        """
-        self.directory, self.host, self.format, self.values = directory, host, format, values
-        self._packed: dict[str, tuple[Packing, dict[str, Tensor]]] = {}
-
-    @property
-    def done(self) -> int:
-        """How many blocks are finished."""
-        return len(self.directory.blocks)
-
-    def guarded(self, block: nn.Module) -> AbstractContextManager[None]:
-        """A block from disk is dropped after an error."""
-        return nullcontext()
-
-    def as_written(self, matrix: Matrix, W_OI: Tensor) -> Tensor:
-        """Return new weights as they will be read from the result, and remember them packed if they are to be.
-
-        Raises:
-            OptionError: their zeros do not have the pattern that the format asks for.
-        """
-        written = W_OI.to(self.host.written_dtype(matrix))
-        name = name_if_packable(self.host, matrix)
-        packed = pack(name, written, self.format, self.values) if name and self.format != "dense" else None
-        if name is None or packed is None:
-            return written
-        packing, parts = packed
-        self._packed[name] = replace(packing, transposed=matrix.transposed), parts
-        return unpack(packing, parts)
-
-    @property
-    def packed(self) -> dict[str, Packing]:
-        """What of the resident block is packed so far, by names on disk."""
-        return {name: packing for name, (packing, _) in self._packed.items()}
-
-    def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
-        """Write the parameters of a resident block's pruned matrices under their names on disk."""
-        changed = {m.parameter: m.weight.detach().to(self.host.written_dtype(m)) for m in pruned}
-        tensors = self.host.on_disk(changed) if changed else {}
-        for name, (_, parts) in self._packed.items():
-            del tensors[name]
-            tensors |= {name + suffix: part for suffix, part in parts.items()}
-        self.directory.write_block(index, tensors, self.packed)
-        self._packed.clear()
-
-    def finish(self, index: int, record: dict[str, Any]) -> None:
-        """Note that a block is finished."""
-        self.directory.note(record)
-
-    def written(self, index: int) -> dict[str, Tensor]:
-        """Read a finished block's new tensors, by their names on disk."""
-        return {name: read_tensor(info) for name, info in self.directory.block_tensors(index).items()}
-
-
-def name_if_packable(host: DiskHost, matrix: Matrix) -> str | None:
-    """Return a matrix's name on disk if it lies there as it does in memory; experts are fused in memory only."""
-    names = host.names_of[matrix.parameter]
-    own = (matrix.parameter, matrix.parameter.removeprefix(f"{host.model.base_model_prefix}."))
-    return names[0] if matrix.expert is None and len(names) == 1 and names[0] in own else None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

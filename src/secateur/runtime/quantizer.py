@@ -22,7 +22,7 @@ from ..models.checkpoint import (
     PackedInfo,
     parse_packings,
     read_header,
-    read_tensor,
+    read_parts,
     with_packed,
 )
 from ..models.memory import give_back_memory, large_tensors_apart
@@ -66,7 +66,7 @@ class SecateurQuantizer(HfQuantizer):
         refuse_turned(model, {n: info for n, info in found.items() if isinstance(info, PackedInfo)}, targets)
         for info in found.values():
             if isinstance(info, PackedInfo):
-                read_tensor(info)  # checks mask, indices and checksum
+                read_parts(info)  # checks mask, indices and checksum
                 path = targets[info.name].removesuffix(".weight")
                 parent, _, leaf = path.rpartition(".")
                 linear: Any = model.get_submodule(path)
