@@ -53,9 +53,7 @@ def names_and_bytes_come_back(host: DiskHost) -> bool:
         with host.block(index) as block:
             prefix = f"{host.skeleton.path}.{index}."
             back = host.on_disk({prefix + name: p.detach() for name, p in block.named_parameters()})
-            if not all(
-                torch.equal(tensor.float(), host.checkpoint.read(name).float()) for name, tensor in back.items()
-            ):
+            if not all(bytes_of(tensor) == bytes_of(host.checkpoint.read(name)) for name, tensor in back.items()):
                 return False
             if set(back) - set(host.names[index]):
                 return False

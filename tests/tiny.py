@@ -127,3 +127,21 @@ def edit_json(path: Path, **changes: Any) -> None:
 def files_below(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, with its bytes."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+class Interrupts:
+    """A progress that presses Ctrl-C at the n-th step of a task."""
+
+    def __init__(self, steps: int, what: str = "pruning") -> None:
+        self.left, self.what, self.task = steps, what, ""
+
+    def start(self, task: str, total: float, done: float = 0) -> None:
+        self.task = task
+
+    def advance(self, done: float = 1, note: str | None = None) -> None:
+        if self.task == self.what:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    def finish(self) -> None: ...

@@ -9,13 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from secateur.errors import ModelError, OutputError
-from secateur.models.checkpoint import (
+from secateur.models.checkpoint import INDEX, Checkpoint, index_of
+from secateur.models.shards import (
     DTYPES,
-    INDEX,
-    Checkpoint,
     copied_entry,
     digest,
-    index_of,
     read_header,
     read_tensor,
     tensor_entry,

@@ -13,9 +13,8 @@ from families import FAMILIES
 from secateur.errors import ModelError
 from secateur.models.experts import expert_keys
 from secateur.models.matrices import matrices, watching
-from secateur.progress import Silent
 from secateur.pruning import GRAM, SUM, SUMSQ, Method
-from tiny import bytes_of, rows, same_bytes, tensors_of, tiny_model
+from tiny import Interrupts, bytes_of, rows, same_bytes, tensors_of, tiny_model
 
 KINDS = [
     "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "jamba", "phimoe", "aria_text", "granitemoe",
@@ -413,22 +412,6 @@ def test_disk_equals_live(tmp_path, kind, method, dtype):
         assert record["sparsity"] == 0.5 and record["zeros"] == record["pruned"]
     assert report["weights"] == sum(before[name].numel() for name in pruned)
     assert report["left_out"] == []
-
-
-class Interrupts(Silent):
-    """Presses Ctrl-C at the n-th step of pruning."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def start(self, task, total, done=0):
-        self.task = task
-
-    def advance(self, done=1, note=None):
-        if self.task == "pruning":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("propagate", ["block", "sequential"])

@@ -13,15 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from secateur.errors import ModelError
-from secateur.models.checkpoint import (
-    DTYPES,
-    INDEX,
-    Checkpoint,
-    read_header,
-    read_tensor,
-    tensor_entry,
-    write_safetensors,
-)
+from secateur.models.checkpoint import INDEX, Checkpoint
+from secateur.models.shards import DTYPES, read_header, read_tensor, tensor_entry, write_safetensors
 from secateur.models.source import open_checkpoint
 from tiny import bytes_of, tiny_config
 

@@ -15,8 +15,18 @@ from secateur import cli
 from secateur.errors import ModelError, OptionError, OutputError, ResumeError
 from secateur.models.checkpoint import Checkpoint
 from secateur.models.formats import bits
-from secateur.progress import Silent
-from tiny import DTYPES, TEXT, bytes_of, edit_json, files_below, same_bytes, save_tiny, tensors_of, tiny_model
+from tiny import (
+    DTYPES,
+    TEXT,
+    Interrupts,
+    bytes_of,
+    edit_json,
+    files_below,
+    same_bytes,
+    save_tiny,
+    tensors_of,
+    tiny_model,
+)
 
 ROWS = [torch.arange(3, 3 + n) for n in (24, 24, 17)]
 MAGNITUDE = {"method": "magnitude", "sparsity": 0.6}
@@ -357,28 +367,12 @@ def test_later_blocks_see_what_is_written(propagate, model, out):
 # Killed.
 
 
-class Interrupts(Silent):
-    """Presses Ctrl-C at the n-th step of a task."""
-
-    def __init__(self, steps, what="packing"):
-        self.left, self.what, self.task = steps, what, ""
-
-    def start(self, task, total, done=0):
-        self.task = task
-
-    def advance(self, done=1, note=None):
-        if self.task == self.what:
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("values", [None, "int8"])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_packing_goes_on_after_an_interruption(values, step, made, out):
     dense, _ = made(dense=True)
     with pytest.raises(KeyboardInterrupt):
-        secateur.pack(dense, out, values=values, progress=Interrupts(step))
+        secateur.pack(dense, out, values=values, progress=Interrupts(step, "packing"))
     assert not out.exists() and out.with_name("out.secateur").exists()
     with pytest.raises(ResumeError):
         secateur.pack(dense, out, values=None if values else "int8")
@@ -506,6 +500,6 @@ def test_a_model_in_memory_is_not_packed(model, out):
 
 
 def test_an_interrupted_command_says_that_it_goes_on(command, made, out, monkeypatch):
-    monkeypatch.setattr(cli, "_progress", lambda: Interrupts(2))
+    monkeypatch.setattr(cli, "_progress", lambda: Interrupts(2, "packing"))
     code, _, heard = command("pack", made(dense=True)[0], out)
     assert code == 130 and "goes on where it stopped" in heard

@@ -17,26 +17,10 @@ import secateur
 from dying_runs import SCENARIOS, result
 from secateur.errors import ModelError, OutputError, ResumeError, SecateurError
 from secateur.progress import Silent
-from tiny import files_below, same_bytes, save_tiny, tensors_of
+from tiny import Interrupts, files_below, same_bytes, save_tiny, tensors_of
 
 ROWS = [torch.arange(3, 3 + n) for n in (24, 24, 17, 17, 17)]
 KILLER = Path(dying_runs.__file__)
-
-
-class Interrupts(Silent):
-    """Presses Ctrl-C at the n-th step of pruning."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def start(self, task, total, done=0):
-        self.task = task
-
-    def advance(self, done=1, note=None):
-        if self.task == "pruning":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
 
 
 def unfinished(model, out, steps=6, **options):

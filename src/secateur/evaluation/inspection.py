@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models.checkpoint import PackedInfo
 from ..models.hosts import DiskHost, block_matrices
+from ..models.shards import PackedInfo
 from ..progress import Progress
 from ..pruning import detect_pattern
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import ModelError, OutputError
-from .checkpoint import digest
+from .shards import digest
 from .source import first_line, quiet_transformers
 
 log = logging.getLogger("secateur")

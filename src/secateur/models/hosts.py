@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
 from .anatomy import Skeleton
-from .checkpoint import Checkpoint, PackedInfo
+from .checkpoint import Checkpoint
 from .matrices import Matrix, matrices
 from .memory import give_back_memory, large_tensors_apart
+from .shards import PackedInfo
 from .source import first_line, quiet_transformers
 
 

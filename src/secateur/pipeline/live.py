@@ -20,11 +20,12 @@ from ..models.matrices import Matrix
 from ..models.source import load_tokenizer, quiet_transformers
 from ..progress import Progress
 from .calibration import calibration_tokens
+from .files import write_text
 from .loop import prune_blocks
 from .machine import peak_memory_bytes, threads
 from .output import check_output, make_report
 from .plan import Request, announce, make_plan
-from .run_directory import REPORT, RunDirectory, run_path, write_text
+from .run_directory import REPORT, RunDirectory, run_path
 from .stream import Stream
 
 

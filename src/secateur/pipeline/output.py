@@ -12,23 +12,13 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, OutputError, unwritable
-from ..models.checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    Entry,
-    Info,
-    PackedInfo,
-    copied_entry,
-    index_of,
-    packed_config,
-    packed_entries,
-    write_safetensors,
-)
+from ..models.checkpoint import INDEX, SINGLE, Checkpoint, index_of, packed_config
 from ..models.formats import Packing
+from ..models.shards import Entry, Info, PackedInfo, copied_entry, packed_entries, write_safetensors
 from ..progress import Progress
+from .files import write_text
 from .plan import Plan
-from .run_directory import report_of, write_text
+from .run_directory import report_of
 
 SCHEMA = 1
 

@@ -10,23 +10,18 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, OptionError, OutputError, unwritable
-from ..models.checkpoint import Checkpoint, PackedInfo, digest
+from ..models.checkpoint import Checkpoint
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost, block_matrices
+from ..models.shards import PackedInfo, digest
 from ..models.source import locate, open_checkpoint
 from ..progress import Progress
 from .disk_run import DiskRun, name_if_packable
+from .files import check_room, write_text
 from .machine import software
 from .output import SCHEMA, check_output, write_checkpoint
 from .plan import check_format
-from .run_directory import (
-    REPORT,
-    RunDirectory,
-    check_room,
-    finished_result,
-    report_of,
-    write_text,
-)
+from .run_directory import REPORT, RunDirectory, finished_result, report_of
 
 Work = Callable[[RunDirectory, Checkpoint], list[Any]]
 

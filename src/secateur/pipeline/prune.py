@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, unwritable
-from ..models.checkpoint import Checkpoint, digest
+from ..models.checkpoint import Checkpoint
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
 from ..models.matrices import watching
+from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..progress import Progress
 from .calibration import Tokens, calibration_tokens
 from .disk_run import DiskRun
 from .estimate import estimate
+from .files import check_room, write_text
 from .loop import prune_blocks
 from .machine import choose_device, peak_memory_bytes, threads
 from .output import check_output, make_report, write_checkpoint
 from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
-from .run_directory import REPORT, RunDirectory, check_room, finished_result, write_text
+from .run_directory import REPORT, RunDirectory, finished_result
 from .stream import Stream
 
 log = logging.getLogger("secateur")

@@ -15,7 +15,6 @@ finished when the journal says so, which is after its output lies in `hidden/`.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -30,8 +29,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import OutputError, ResumeError, unwritable
-from ..models.checkpoint import Info, read_header, tensor_entry, with_packed, write_safetensors
 from ..models.formats import Packing
+from ..models.shards import Info, read_header, tensor_entry, with_packed, write_safetensors
+from .files import into_place, write_text
 from .machine import boot_id
 
 log = logging.getLogger("secateur")
@@ -173,7 +173,7 @@ class RunDirectory:
         part = path.with_suffix(".part")
         metadata = {"packings": json.dumps({name: packing.to_json() for name, packing in packings.items()})}
         write_safetensors(part, [tensor_entry(name, tensor) for name, tensor in tensors.items()], metadata)
-        _into_place(part, path)
+        into_place(part, path)
 
     def block_tensors(self, index: int) -> dict[str, Info]:
         """Return where the new tensors of a finished block lie."""
@@ -193,7 +193,7 @@ class RunDirectory:
                     os.replace(self.output, self.path / "former")
                 else:
                     self.output.rmdir()
-            _into_place(self.path / "output", self.output)
+            into_place(self.path / "output", self.output)
         except OSError as error:
             self._put_back()
             raise OutputError(
@@ -263,20 +263,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _into_place(part: Path, path: Path) -> None:
-    """Rename, and see the name itself on the disk where the system lets directories be flushed."""
-    os.replace(part, path)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # file systems that cannot do it
-                raise
-        finally:
-            os.close(folder)
-
-
 def finished_result(output: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the report of an output that holds the finished result of this very plan; None if there is no output.
 
@@ -292,33 +278,6 @@ def finished_result(output: Path, plan: Mapping[str, Any]) -> dict[str, Any] | N
         )
     log.info("%s: holds the finished result of this plan already; nothing to do", output)
     return finished
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all.
-
-    Raises:
-        OutputError: the disk refuses.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        _into_place(part, path)
-    except OSError as error:
-        raise OutputError(f"{path}: {unwritable(error)}") from error
-
-
-def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raise OutputError if the disk of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{folder}: {what} takes {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free; make room "
-            "or choose an OUTPUT on another disk"
-        )
 
 
 def report_of(output: Path) -> dict[str, Any] | None:

@@ -15,17 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
-from ..models.checkpoint import (
-    QUANT_METHOD,
-    VERSION,
-    Info,
-    PackedInfo,
-    parse_packings,
-    read_header,
-    read_parts,
-    with_packed,
-)
+from ..models.checkpoint import QUANT_METHOD, VERSION, parse_packings
 from ..models.memory import give_back_memory, large_tensors_apart
+from ..models.shards import Info, PackedInfo, read_header, read_parts, with_packed
 from .linear import PackedLinear
 
 if TYPE_CHECKING:
