@@ -21,7 +21,7 @@ from ..errors import ModelError, NumericsError, OptionError
 ROWS, COLUMNS = 4, 64  # of a tile: 32 bytes of mask, then its values, as a kernel wants them
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INTEGER = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
-MAX_M = 16
+MAX_M = 16  # also the columns of an `nm` step at most: as many whole groups as fit
 TIGHT = 0.95  # of the places of an N:M pattern must hold values, or the zeros have another pattern
 MAX_WEIGHTS = 1 << 40
 
@@ -99,7 +99,7 @@ class Packing:
             sound = all(type(number) is int for number in numbers) and min(numbers) >= 0 and packing.m != 0
             sound = sound and (
                 0 < rows * columns < MAX_WEIGHTS
-                and packing.count <= rows * (columns + MAX_M)
+                and packing.count <= (rows + ROWS) * (columns + MAX_M)
                 and packing.format in ("bitmask", "nm")
                 and packing.dtype in DTYPES
                 and packing.values in (packing.dtype, "int8")
@@ -107,8 +107,8 @@ class Packing:
                 and (packing.n is not None) == (packing.m is not None) == nm
             )
             if sound and packing.n is not None and packing.m is not None:
-                groups = rows * _tiles(columns, packing.m)
-                sound = 0 < packing.n < packing.m <= MAX_M and packing.count == groups * packing.n
+                sound = 0 < packing.n < packing.m <= MAX_M
+                sound = sound and packing.count == _places(packing.shape, packing.n, packing.m)
         except (TypeError, KeyError, ValueError, AttributeError):
             sound = False
         if not sound:
@@ -218,8 +218,7 @@ def row_offsets(packing: Packing, parts: Parts) -> Tensor:
     """Where the values of each 4 rows begin, [row tiles + 1], for unpacking a few rows at a time."""
     down = _tiles(packing.shape[0], ROWS)
     if packing.n is not None and packing.m is not None:
-        row = _tiles(packing.shape[1], packing.m) * packing.n
-        return (torch.arange(down + 1) * ROWS * row).clamp(max=packing.count)
+        return torch.arange(down + 1) * (packing.count // down)
     per_row = _popcount(parts[MASK]).view(down, -1).sum(1).cpu()
     return torch.cat([per_row.new_zeros(1), per_row.cumsum(0)])
 
@@ -230,7 +229,6 @@ def unpack_rows(packing: Packing, parts: Parts, offsets: Tensor, start: int, sto
     shape = (stop - start, packing.shape[1])
     scale_O = parts[SCALE][start:stop] if SCALE in parts else None
     if packing.n is not None and packing.m is not None:
-        b = a + (stop - start) * _tiles(packing.shape[1], packing.m) * packing.n
         index = _unpack_index(parts[INDEX], packing.count, packing.m)[a:b]
         held = _scatter_nm(parts[VALUES][a:b], index, shape, packing.n, packing.m)
     else:
@@ -294,7 +292,7 @@ def _pattern(name: str, kept_OI: Tensor, packing: Packing) -> tuple[int, int]:
         n = int(groups.max())
         places = rows * (columns // m * n + min(n, columns % m))
         if 0 < n < m and int(groups.sum()) >= TIGHT * places:
-            found.append((replace(packing, count=len(groups) * n, n=n, m=m).bytes, n, m))
+            found.append((replace(packing, count=_places(packing.shape, n, m), n=n, m=m).bytes, n, m))
     if not found:
         raise OptionError(f"{name}: its zeros have no N:M pattern with M up to {MAX_M}; use --format bitmask")
     return min(found)[1:]
@@ -305,19 +303,33 @@ def _bits(m: int) -> int:
     return 1 if m <= 2 else 2 if m <= 4 else 4
 
 
+def _steps(columns: int, m: int) -> tuple[int, int]:
+    """How many steps cover a row, and the groups of each."""
+    groups = MAX_M // m
+    return _tiles(columns, groups * m), groups
+
+
+def _places(shape: tuple[int, int], n: int, m: int) -> int:
+    """Values that `nm` holds, those of padding included."""
+    steps, groups = _steps(shape[1], m)
+    return _tiles(shape[0], ROWS) * ROWS * steps * groups * n
+
+
 def _pack_nm(held_OI: Tensor, kept_OI: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     rows, columns = held_OI.shape
-    groups = _tiles(columns, m)
-    pad = (0, groups * m - columns)
-    held = torch.nn.functional.pad(held_OI, pad).reshape(rows * groups, m)
-    kept = torch.nn.functional.pad(kept_OI, pad).reshape(rows * groups, m)
+    steps, groups = _steps(columns, m)
+    pad = (0, steps * groups * m - columns, 0, -rows % ROWS)
+
+    def grouped(x_OI: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x_OI, pad)
+        return padded.reshape(-1, ROWS, steps, groups * m).transpose(1, 2).reshape(-1, m)
+
     # A group with fewer than n values holds zeros too, those in front.
-    index = torch.sort(kept, dim=1, descending=True, stable=True).indices[:, :n].sort(dim=1).values
+    index = torch.sort(grouped(kept_OI), dim=1, descending=True, stable=True).indices[:, :n].sort(dim=1).values
     per_byte = 8 // _bits(m)
-    flat = index.to(torch.uint8).view(-1)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % per_byte)).view(-1, per_byte)
+    flat = index.to(torch.uint8).view(-1, per_byte)
     shifts = torch.arange(per_byte, dtype=torch.uint8, device=flat.device) * _bits(m)
-    return held.gather(1, index).view(-1), (flat << shifts).sum(1, dtype=torch.uint8)
+    return grouped(held_OI).gather(1, index).view(-1), (flat << shifts).sum(1, dtype=torch.uint8)
 
 
 def _unpack_index(index: Tensor, count: int, m: int) -> Tensor:
@@ -328,8 +340,9 @@ def _unpack_index(index: Tensor, count: int, m: int) -> Tensor:
 
 def _scatter_nm(values: Tensor, index: Tensor, shape: tuple[int, int], n: int, m: int) -> Tensor:
     rows, columns = shape
+    steps, groups = _steps(columns, m)
     places = index.long().view(-1, n)
     whole = torch.zeros(len(places), m, dtype=values.dtype, device=values.device)
     whole.scatter_(1, places, values.view(-1, n))
-    found: Tensor = whole.view(rows, -1)[:, :columns].contiguous()
-    return found
+    tiles = whole.view(-1, steps, ROWS, groups * m).transpose(1, 2)
+    return tiles.reshape(-1, steps * groups * m)[:rows, :columns].contiguous()
