@@ -12,6 +12,7 @@ import pytest
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+os.environ["SECATEUR_PREFER"] = "memory"  # tiny matrices run faster dense, and timings must not decide what is tested
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -62,6 +62,17 @@ def software() -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
 def choose_device(device: str) -> torch.device:
     """``auto`` is the first GPU, else the CPU."""
     if device == "auto":

@@ -1,21 +1,34 @@
-"""A linear layer whose weights stay packed in memory."""
+"""Linear layers over the kernels: one whose weights stay packed in memory, and a dense one."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..models.formats import ROWS, SCALE, Packing, checksum, row_offsets, unpack_rows
+from ..models.formats import ROWS, SCALE, VALUES, Packing, checksum, row_offsets, unpack_rows
+from . import kernels
+from .kernels import KernelMatrix
 
-TILE_BYTES = 1 << 20  # of unpacked float32 weights at a time
+TILE_BYTES = 1 << 20  # of unpacked weights at a time
+MOST_ROWS = 8  # of inputs for which weights are read as they are packed; beyond, unpacking costs less than it saves
+
+
+def few_rows(x: Tensor, columns: int) -> bool:
+    """Whether kernels may compute this product, and faster than a matrix product would."""
+    return x.is_cpu and x.dtype in kernels.FLOATS and x.numel() <= MOST_ROWS * columns and x.shape[-1] == columns
 
 
 class PackedLinear(nn.Module):
-    """Computes x Wᵀ + b from packed weights, unpacking a few rows of W at a time.
+    """Computes x Wᵀ + b from packed weights.
+
+    A few rows of inputs go through a kernel that reads W as it is packed; more of them, inputs with gradients, and
+    other devices than the CPU, through W unpacked a few rows at a time. Sums are kept in float32 either way.
 
     Its buffers are the parts on disk, under the same names: ``weight``, ``weight_mask`` or ``weight_index``, and
     ``weight_scale`` for 8-bit values. It stands for `nn.Linear` and for GPT-2's Conv1D.
@@ -34,11 +47,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packing = packing
         self.out_features, self.in_features = packing.shape
+        self.activations: str | None = None
         device = None if bias is None else bias.device
         for suffix, (dtype, length) in packing.parts.items():
             self.register_buffer(f"weight{suffix}", torch.empty(length, dtype=dtype, device=device))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self._kernel: KernelMatrix | None = None
         self._offsets: Tensor | None = None
+        self._number = _known(self)
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -54,22 +70,49 @@ class PackedLinear(nn.Module):
         values = "int8" if self.packing.values == "int8" else dtype
         return replace(self.packing, dtype=dtype, values=values, crc32=checksum(parts))
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows of W, float32, [rows, in]; `start` is a multiple of 4."""
+    def kernel(self) -> KernelMatrix | None:
+        """The matrix as the kernels see it; None where there are none, or not for where it is."""
+        if self._kernel is None or self._kernel.tensors[VALUES] is not self._buffers["weight"]:
+            parts = self.parts
+            usable = all(part.is_cpu for part in parts.values()) and parts[VALUES].dtype in kernels.TYPES
+            self._kernel = None
+            if usable and kernels.library() is not None:
+                parts = {suffix: part.contiguous() for suffix, part in parts.items()}
+                self._kernel = KernelMatrix(self.packing.format, self.packing.shape, parts, self.packing)
+        return self._kernel
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return rows of W, [rows, in]; `start` is a multiple of 4, and so is `stop` unless it is the last."""
+        if (kernel := self.kernel()) is not None and dtype in kernels.FLOATS:
+            return kernel.unpack(start, stop, dtype)
         if self._offsets is None:
             self._offsets = row_offsets(self.packing, self.parts)
-        return unpack_rows(self.packing, self.parts, self._offsets, start, stop).float()
+        return unpack_rows(self.packing, self.parts, self._offsets, start, stop).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b, [..., out], computed in float32 and cast to x's dtype."""
-        flat = x.reshape(-1, self.in_features).float()
+        """Return x Wᵀ + b, [..., out], in x's dtype."""
+        if torch.compiler.is_compiling():
+            found: Tensor = _packed_linear(x, self._number, self.out_features)
+            return found
+        if few_rows(x, self.in_features) and not self._wants_gradients(x) and (kernel := self.kernel()) is not None:
+            return kernel.linear(x, self.bias, self.activations == "int8")
+        return self._by_tiles(x)
+
+    def _wants_gradients(self, x: Tensor) -> bool:
+        bias = self._parameters["bias"]
+        return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+    def _by_tiles(self, x: Tensor) -> Tensor:
+        native = x.dtype == self.weight.dtype == torch.bfloat16 and kernels.native_bfloat16()
+        dtype = torch.bfloat16 if native else torch.float32
+        flat = x.reshape(-1, self.in_features).to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         out = flat.new_empty(len(flat), self.out_features)
-        step = max(ROWS, TILE_BYTES // (4 * self.in_features) // ROWS * ROWS)
+        step = max(ROWS, TILE_BYTES // (dtype.itemsize * self.in_features) // ROWS * ROWS)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            out[:, start:stop] = flat @ self.rows(start, stop).T
-        if self.bias is not None:
-            out += self.bias.float()
+            tile = self.rows(start, stop, dtype)
+            out[:, start:stop] = nn.functional.linear(flat, tile, None if bias is None else bias[start:stop])
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
@@ -77,14 +120,85 @@ class PackedLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scale is not None and self._buffers[f"weight{SCALE}"].dtype != torch.float32:  # type: ignore[union-attr]
             self._buffers[f"weight{SCALE}"] = scale.to(self.weight.device)  # a cast must not coarsen the scales
-        self._offsets = None
+        self._forget()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._offsets = None
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+        self._number = _known(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_kernel"}
+
+    def _forget(self) -> None:
+        """Drop what was derived from the parts."""
+        self._kernel = self._offsets = None
 
     def extra_repr(self) -> str:
         """Shape and format, for printing."""
         values = ", int8" if self.packing.values == "int8" else ""
         return f"{self.in_features}, {self.out_features}, {self.packing.format}{values}, bias={self.bias is not None}"
+
+
+# A compiled graph calls a layer by its number, since it cannot hold what is no tensor.
+_numbers = itertools.count()
+_layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+
+
+def _known(layer: PackedLinear) -> int:
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+@torch.library.custom_op("secateur::packed_linear", mutates_args=())
+def _packed_linear(x: Tensor, layer: int, out_features: int) -> Tensor:
+    return _layers[layer](x)  # type: ignore[no-any-return]
+
+
+@_packed_linear.register_fake
+def _(x: Tensor, layer: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+class KernelLinear(nn.Linear):
+    """A dense linear layer that computes a few rows with our kernel, where that beats torch's.
+
+    Layers become one by a change of class, so that their weights, ties and hooks stay what they are.
+    """
+
+    _kernel: tuple[int, KernelMatrix] | None = None
+
+    def kernel(self) -> KernelMatrix:
+        """The matrix as the kernels see it."""
+        pointer = self.weight.data_ptr()
+        if self._kernel is None or self._kernel[0] != pointer:
+            tensors = {VALUES: self.weight.detach().view(-1)}
+            self._kernel = pointer, KernelMatrix("dense", (self.out_features, self.in_features), tensors, None)
+        return self._kernel[1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x Wᵀ + b."""
+        if (
+            not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and few_rows(input, self.in_features)
+            and input.dtype == self.weight.dtype
+            and self.weight.is_cpu
+        ):
+            return self.kernel().linear(input, self.bias)
+        return super().forward(input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_kernel"}
+
+
+class UnpackedLinear(nn.Linear):
+    """A matrix of a packed checkpoint that runs dense here; it is packed again when it is saved."""
+
+    packing: Packing

@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
 from ..models.checkpoint import QUANT_METHOD, VERSION, parse_packings
+from ..models.formats import Packing
 from ..models.memory import give_back_memory, large_tensors_apart
 from ..models.shards import Info, PackedInfo, read_header, read_parts, with_packed
-from .linear import PackedLinear
+from .arrangement import optimize, repack
+from .linear import PackedLinear, UnpackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,13 +71,21 @@ class SecateurQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         give_back_memory()  # what the checks took
+        optimize(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Note how the matrices are packed now, before they are saved under their names in memory."""
-        packed = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-        self.quantization_config.matrices = {name: m.packing_now().to_json() for name, m in packed.items()}
-        return None, {}
+        state: dict[str, Tensor] = {}
+        packings: dict[str, Packing] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                packings[f"{name}.weight"] = module.packing_now()
+            elif isinstance(module, UnpackedLinear) and (found := repack(module)):
+                packings[f"{name}.weight"] = found[0]
+                state |= {f"{name}.weight{suffix}": part for suffix, part in found[1].items()}
+        self.quantization_config.matrices = {name: packing.to_json() for name, packing in packings.items()}
+        return (model.state_dict() | state if state else None), {}
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""

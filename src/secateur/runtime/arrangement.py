@@ -1,0 +1,166 @@
+"""Which layers of a packed model run packed on this machine, and which dense: measured, or as asked for."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from ..models.formats import VALUES, Packing, pack
+from . import kernels
+from .kernels import KernelMatrix
+from .linear import KernelLinear, PackedLinear, UnpackedLinear
+
+PREFERENCES = ("speed", "memory")
+VARIABLE = "SECATEUR_PREFER"
+EVICTED_BYTES = 64 << 20  # read between two measurements, so that weights come from memory as they do in a model
+MEASUREMENTS = 5
+_measured: dict[tuple[Any, ...], dict[str, float]] = {}
+
+
+def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | None = None) -> dict[str, Any]:
+    """Arrange a model that was loaded from a packed checkpoint for this machine; loading has done it once.
+
+    Args:
+        model: its packed layers are exchanged in place.
+        prefer: ``speed`` keeps a matrix packed only where a kernel computes one row of inputs faster from packed
+            weights than torch does from dense ones, both measured here; ``memory`` keeps all packed. None is what
+            the environment's SECATEUR_PREFER says, else ``speed``. Dense layers (the output head) take our kernel
+            where that is faster, which costs no memory.
+        activations: ``int8`` rounds the inputs of matrices in an N:M pattern with 8-bit values to 8 bits too, one
+            scale for each 64 of them, for up to 8 rows of inputs at a time: a relative error of about 1 % in each
+            product. None keeps them as they are.
+
+    Returns:
+        What was chosen (`arrangement`).
+
+    Raises:
+        OptionError: an option that does not exist, or no matrix can run with 8-bit activations.
+    """
+    prefer = prefer or os.environ.get(VARIABLE) or "speed"
+    if prefer not in PREFERENCES:
+        raise OptionError(f"prefer {prefer!r}: use {' or '.join(PREFERENCES)}")
+    if activations not in (None, "int8"):
+        raise OptionError(f"activations {activations!r}: use int8, or leave it out")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, UnpackedLinear) and prefer == "memory":
+            _exchange(model, name, _packed_again(module))
+        elif isinstance(module, PackedLinear) and prefer == "speed" and not packed_is_faster(module):
+            _exchange(model, name, _unpacked(module))
+        elif type(module) in (nn.Linear, KernelLinear):
+            module.__class__ = KernelLinear if _our_dense_is_faster(module) else nn.Linear
+    fitting = [m for m in model.modules() if isinstance(m, PackedLinear) and _takes_8_bit_activations(m.packing)]
+    if activations and not fitting:
+        raise OptionError(
+            "activations int8: no matrix of this model can; it takes kernels, and packing with --format nm --values int8"
+        )
+    for module in fitting:
+        module.activations = activations
+    return arrangement(model)
+
+
+def arrangement(model: nn.Module) -> dict[str, Any]:
+    """How many matrices run packed, unpacked and with 8-bit activations, the kernels' name, and what was measured."""
+    found = list(model.modules())
+    packed = [module for module in found if isinstance(module, PackedLinear)]
+    return {
+        "kernels": kernels.use() if kernels.library() else None,
+        "packed": len(packed),
+        "unpacked": sum(isinstance(module, UnpackedLinear) for module in found),
+        "dense_kernel": sum(isinstance(module, KernelLinear) for module in found),
+        "activations8": sum(module.activations == "int8" for module in packed),
+        "measured": list(_measured.values()),
+    }
+
+
+def packed_is_faster(module: PackedLinear) -> bool:
+    """Whether this matrix is better left packed for speed; True off the CPU, where memory is what packing is for."""
+    if not module.weight.is_cpu or module.packing.values == "int8":
+        return True  # and 8-bit weights are float32 once unpacked
+    kernel = module.kernel()
+    if kernel is None:
+        return False
+    dtype = module.weight.dtype
+    found = measured(kernel, module.packing, dtype)
+    return found["kernel"] <= found["torch"]
+
+
+def _our_dense_is_faster(module: nn.Linear) -> bool:
+    weight = module.weight
+    fits = weight.is_cpu and weight.dtype in kernels.FLOATS and weight.is_contiguous()
+    if not fits or kernels.library() is None:
+        return False
+    shape = (module.out_features, module.in_features)
+    kernel = KernelMatrix("dense", shape, {VALUES: weight.detach().view(-1)}, None)
+    found = measured(kernel, None, weight.dtype)
+    return found["kernel"] <= found["torch"]
+
+
+def measured(kernel: KernelMatrix, packing: Packing | None, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds for one row of inputs by our kernel and by torch's dense product, medians in turn; measured once."""
+    shape = (kernel.rows, kernel.columns)
+    kind = packing and (packing.format, packing.n, packing.m, round(20 * packing.count / (shape[0] * shape[1])))
+    key = (shape, kind, kernel.tensors[VALUES].dtype, dtype, torch.get_num_threads(), kernels.use())
+    if key not in _measured:
+        x, dense = torch.ones(1, shape[1], dtype=dtype), torch.ones(shape, dtype=dtype)
+        with torch.inference_mode():
+            ours, theirs = _in_turn(lambda: kernel.linear(x), lambda: nn.functional.linear(x, dense))
+        _measured[key] = {"rows": shape[0], "columns": shape[1], "kernel": ours, "torch": theirs}
+    return _measured[key]
+
+
+def _in_turn(*functions: Callable[[], Tensor]) -> list[float]:
+    seconds: list[list[float]] = [[] for _ in functions]
+    other = torch.ones(EVICTED_BYTES // 4)
+    for _ in range(MEASUREMENTS + 1):
+        for function, taken in zip(functions, seconds, strict=True):
+            other.sum()
+            started = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - started)
+    return [statistics.median(taken[1:]) for taken in seconds]
+
+
+def _takes_8_bit_activations(packing: Packing) -> bool:
+    return packing.format == "nm" and packing.values == "int8" and kernels.library() is not None
+
+
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _unpacked(module: PackedLinear) -> UnpackedLinear:
+    with torch.device("meta"):
+        dense = UnpackedLinear(module.in_features, module.out_features, bias=module.bias is not None)
+    weight = module.rows(0, module.out_features, module.weight.dtype)
+    dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), module.bias  # type: ignore[assignment]
+    dense.packing = module.packing
+    return dense.train(module.training)
+
+
+def repack(module: UnpackedLinear) -> tuple[Packing, dict[str, Tensor]] | None:
+    """The matrix packed as it was on disk; None if what happened to it since makes that no smaller."""
+    try:
+        found = pack("weight", module.weight.detach(), module.packing.format)
+    except OptionError:  # its zeros have another pattern by now
+        found = pack("weight", module.weight.detach(), "bitmask")
+    return found and (replace(found[0], transposed=module.packing.transposed), found[1])
+
+
+def _packed_again(module: UnpackedLinear) -> nn.Module:
+    found = repack(module)
+    if found is None:
+        return module
+    packing, parts = found
+    packed = PackedLinear(packing, module.bias)
+    for suffix, part in parts.items():
+        packed.register_buffer(f"weight{suffix}", part)
+    return packed.train(module.training)
