@@ -24,15 +24,18 @@ from .runtime.register import register
 
 if TYPE_CHECKING:
     from . import pruning
-    from .api import PruneResult, evaluate, generate, inspect, pack, prune, unpack
+    from .api import PruneResult, bench, evaluate, generate, inspect, pack, prune, unpack
     from .pruning import METHODS, Method, parse_method, parse_pattern
+    from .runtime.arrangement import optimize
 
 # Names that need torch are found when they are asked for, so that `import secateur` and `--help` stay quick.
 _LAZY = {
     "PruneResult": "api",
+    "bench": "api",
     "evaluate": "api",
     "generate": "api",
     "inspect": "api",
+    "optimize": "runtime.arrangement",
     "pack": "api",
     "prune": "api",
     "unpack": "api",
@@ -54,9 +57,11 @@ __all__ = [
     "ResumeError",
     "SecateurError",
     "__version__",
+    "bench",
     "evaluate",
     "generate",
     "inspect",
+    "optimize",
     "pack",
     "parse_method",
     "parse_pattern",

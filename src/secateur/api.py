@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .errors import ModelError, OptionError, OutputError
@@ -16,6 +17,7 @@ from .evaluation.generation import continue_text
 from .evaluation.inspection import inspect_matrices
 from .evaluation.perplexity import perplexity
 from .evaluation.records import record_evaluation
+from .evaluation.speed import Measurement, measure_speed
 from .models.gguf import as_checkpoint
 from .models.hosts import DiskHost, Host, LiveHost
 from .models.source import load_model, load_tokenizer, locate, open_checkpoint
@@ -288,6 +290,60 @@ def generate(
     with tempfile.TemporaryDirectory() as scratch:
         directory = as_checkpoint(locate(str(model), trust_remote_code), Path(scratch))
         return continue_text(directory, prompt, tokens, choose_device(device), trust_remote_code=trust_remote_code)
+
+
+def bench(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    batch: Sequence[int] = (1,),
+    prompt: int = 128,
+    tokens: int = 32,
+    rounds: int = 5,
+    threads: int | None = None,
+    prefer: str | None = None,
+    activations: str | None = None,
+    record: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model's bytes on disk, resident memory, and tokens per second in prefill and decode, on the CPU.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file or ``smollm2``.
+        against: another model, timed in turn with the first.
+        batch: how many sequences at once, one measurement for each number.
+        prompt: tokens of each sequence before the first new one.
+        tokens: new tokens of each sequence.
+        rounds: how often everything is run; medians are taken.
+        threads: to compute with; None is torch's number.
+        prefer: of packed models, ``speed`` or ``memory`` (`secateur.optimize`).
+        activations: of packed models, ``int8`` or None (`secateur.optimize`).
+        record: append the result to ``evaluations.jsonl`` if the model is a directory that Secateur wrote.
+        trust_remote_code: let Python code that comes with the model run.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Returns:
+        The conditions, and for each model its numbers (docs/json.md).
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    measurement = Measurement(tuple(batch), prompt, tokens, rounds, threads, prefer, activations)
+    names = [str(name) for name in (model, against) if name is not None]
+    with tempfile.TemporaryDirectory() as scratch:
+        places = [
+            as_checkpoint(locate(name, trust_remote_code), Path(scratch) / str(number))
+            for number, name in enumerate(names)
+        ]
+        found = measure_speed(
+            list(zip(names, places, strict=True)), measurement, progress or terminal_progress(lines=False),
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if record:
+            record_evaluation(places[0], {"bench": found})
+        return found
 
 
 def _path(output: str | Path) -> Path:

@@ -42,6 +42,17 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let Python code that comes with the model run.")
 ]
 
+Record = Annotated[
+    bool, typer.Option("--record/--no-record", help="Note the result in a directory that Secateur wrote.")
+]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers, such as 1,8") from None
+
 
 def _fraction(text: str | float) -> float:
     try:
@@ -182,9 +193,7 @@ def evaluate(
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="2048 or the context")] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows.", show_default="all")] = None,
     device: Device = "auto",
-    record: Annotated[
-        bool, typer.Option("--record/--no-record", help="Note the result in a directory that Secateur wrote.")
-    ] = True,
+    record: Record = True,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -227,6 +236,41 @@ def generate(
     _show(found, lambda f: generation_text(f["prompt"], f["continuation"]), as_json)
 
 
+@app.command()
+def bench(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Another model, timed in turn with the first.")
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="N,N", help="How many sequences at once, such as 1,8.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Tokens before the first new one.")] = 128,
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 32,
+    rounds: Annotated[int, typer.Option(help="How often everything is run; medians are shown.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="torch's")] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option(help="speed: packed where that is faster here; memory: all packed.", show_default="speed"),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="int8: round inputs to 8 bits where values are (nm only).", show_default="kept exactly"),
+    ] = None,
+    record: Record = True,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure bytes on disk, resident memory and tokens per second, of one model or of two in turn."""
+    from . import api
+    from .report.tables import speed_table
+
+    found = api.bench(
+        model, against=against, batch=_numbers(batch), prompt=prompt, tokens=tokens, rounds=rounds, threads=threads,
+        prefer=prefer, activations=activations, record=record, trust_remote_code=trust_remote_code,
+        progress=_progress(),
+    )  # fmt: skip
+    _show({"schema": 1, **found}, speed_table, as_json)
+
+
 @app.callback(invoke_without_command=True)
 def options(
     context: typer.Context,
@@ -244,7 +288,7 @@ def options(
         raise typer.Exit
 
 
-COMMANDS = ("prune", "pack", "unpack", "eval", "inspect", "generate")
+COMMANDS = ("prune", "pack", "unpack", "eval", "inspect", "generate", "bench")
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import secateur
+from families import FAMILIES
 from secateur.errors import ModelError
+from secateur.models.hosts import DiskHost
+from secateur.models.source import open_checkpoint
 from tiny import bytes_of, rows, save_tiny, tensors_of, tiny_model
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: not measured")
@@ -133,6 +136,20 @@ def close(a, b):
     return far <= 0.05 and zeros <= 0.02 * sum(weight.numel() for weight in a.values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_hidden_states_that_become_float32(tmp_path, device, dtype, tokenizer):
+    """Mamba's embeddings have the weights' dtype, and what its blocks return is float32."""
+    model = tiny_model("mamba", dtype, state_size=4)
+    assert model.config.residual_in_fp32
+    text = tmp_path / "text.txt"
+    text.write_text("A good cut is small, clean and made just above a bud. " * 40)
+    options = {"text": str(text), "seqlen": 16, "tokenizer": tokenizer}
+    expected = secateur.evaluate(model, **options)["perplexity"]
+    assert secateur.evaluate(model.to(device), **options)["perplexity"] == pytest.approx(expected, rel=0.02)
+    assert secateur.prune(model, calibration=ROWS).report["sparsity"] > 0
+
+
 @pytest.mark.parametrize("propagate", ["block", "sequential"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -149,6 +166,18 @@ def test_a_live_model_is_pruned_where_it_is(device, kind, method, propagate):
     assert torch.isfinite(model(input_ids=ROWS[0][None].to(device)).logits).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_block_from_disk_has_the_dtypes_of_a_live_one(tmp_path, device):
+    """Some parameters stay float32 in a model of bfloat16; on a CPU all are float32."""
+    config = AutoConfig.for_model("ernie4_5_moe", **copy.deepcopy(FAMILIES["ernie4_5_moe"]))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    live = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32" if device == "cpu" else "auto")
+    expected = {name: parameter.dtype for name, parameter in live.model.layers[1].named_parameters()}
+    assert len(set(expected.values())) == (1 if device == "cpu" else 2)
+    with DiskHost(open_checkpoint(tmp_path), torch.device(device)).block(1) as block:
+        assert {name: parameter.dtype for name, parameter in block.named_parameters()} == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_from_disk_to_disk(tmp_path, device, dtype):
@@ -162,11 +191,42 @@ def test_from_disk_to_disk(tmp_path, device, dtype):
     assert {weight.device.type for weight in live.state_dict().values()} == {device}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_live_model_is_measured_as_from_disk(tmp_path, device, dtype, tokenizer):
+    """Far from the start a coarse rotary frequency would show."""
+    source = save_tiny(tmp_path / "source", "llama", dtype, tokenizer=tokenizer, max_position_embeddings=1024)
+    text = tmp_path / "text.txt"
+    text.write_text("A good cut is small, clean and made just above a bud. " * 100)
+    options = {"text": str(text), "seqlen": 1024, "windows": 1}
+    live = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device)
+    found = secateur.evaluate(live, tokenizer=tokenizer, **options)["perplexity"]
+    assert found == pytest.approx(secateur.evaluate(source, device=device, **options)["perplexity"], rel=1e-6)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_path_without_output_is_loaded_there(tmp_path, device):
     source = save_tiny(tmp_path / "source", "llama")
     model = secateur.prune(source, calibration=ROWS, device=device).model
     assert {p.device.type for p in model.parameters()} == {device}
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_mixture(tmp_path, device, kind, dtype):
+    """On a GPU its experts run by another kernel inside the model than while they are watched."""
+    model = tiny_model(kind, dtype, **MIXTURES[kind])
+    model.save_pretrained(tmp_path / "source")
+    report = secateur.prune(tmp_path / "source", tmp_path / "out", calibration=ROWS, device=device).report
+    assert report["sparsity"] == pytest.approx(0.5)
+    assert secateur.prune(model.to(device), calibration=ROWS).report["sparsity"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("parts", [["model.layers.1"], ["model.layers.1", "model.layers.2", "model.norm", "lm_head"]])
@@ -186,6 +246,15 @@ def test_a_model_spread_over_two_devices(device, method, parts):
     assert close(weights_of(model), weights_of(reference))
     if device == "cpu":
         assert same(weights_of(model), weights_of(reference))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_hidden_states_in_float16(device):
+    """Their norm is more than float16 holds; the block's error is told all the same."""
+    model = tiny_model("llama", "float16").to(device)
+    model.model.embed_tokens.weight.data[:, 0] = 3000
+    blocks = secateur.prune(model, calibration=rows(24, 60)).report["blocks"]
+    assert all(block["output_error"] > 0 for block in blocks)
 
 
 @pytest.mark.parametrize("device", DEVICES)

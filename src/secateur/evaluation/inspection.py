@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ..models.hosts import DiskHost, block_matrices
-from ..models.shards import PackedInfo
+from ..models.shards import PackedInfo, read_parts
 from ..progress import Progress
 from ..pruning import detect_pattern
+from ..runtime.arrangement import packed_is_faster
+from ..runtime.kernels import KernelMatrix, library
+
+
+def _runs(info: PackedInfo) -> str:
+    """``packed`` or ``dense``, whichever is faster on this machine; what was measured once serves all of its kind."""
+    parts = read_parts(info)
+    kernel = KernelMatrix(info.packing.format, info.packing.shape, parts, info.packing) if library() else None
+    return "packed" if packed_is_faster(info.packing, kernel) else "dense"
 
 
 def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
@@ -15,7 +24,7 @@ def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
 
     Returns:
         model type, dtype, bytes of the whole checkpoint; sparsity and weights over all matrices; and for each
-        matrix name, block, shape, sparsity, pattern, format and bytes.
+        matrix name, block, shape, sparsity, pattern, format, bytes, and for packed ones how they would run here.
     """
     checkpoint = host.checkpoint
     count = len(host.skeleton.real)
@@ -34,6 +43,7 @@ def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
                         "sparsity": float((W_OI == 0).double().mean()),
                         "pattern": detect_pattern(W_OI),
                         "format": infos[0].packing.format if isinstance(infos[0], PackedInfo) else "dense",
+                        "runs": _runs(infos[0]) if isinstance(infos[0], PackedInfo) else "dense",
                         "dtype": str(infos[0].dtype).removeprefix("torch."),
                         "bytes": sum(info.bytes for info in infos),
                     }

@@ -115,6 +115,7 @@ class Skeleton:
         self.path, self.blocks = find_blocks(model)
         self.real = list(self.blocks)
         self.companions: dict[int, int] = {}  # block -> how many values it returns beside its hidden state
+        self.dtypes: dict[int, torch.dtype] = {}  # block -> of the hidden state that it returns
 
     def refuse_shared_weights(self) -> None:
         """Raise ModelError if two blocks hold the same parameter, which could not be pruned for each by itself."""
@@ -133,7 +134,8 @@ class Skeleton:
         return [m for name, m in self.model.named_modules() if not f"{name}.".startswith(f"{self.path}.")]
 
     def learn(self, index: int, out: Any) -> None:
-        """Note in what company a block returns its hidden state."""
+        """Note in what company, and in which dtype, a block returns its hidden state."""
+        self.dtypes[index] = hidden_of(out).dtype
         if isinstance(out, (tuple, list)):
             self.companions[index] = len(out) - 1
 

@@ -84,13 +84,13 @@ def _experts(self: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: T
     inner = [_inner(self, expert, hidden_TD[token]) for expert, (token, _) in enumerate(routed)]
     if watch:
         watch.show("down_proj", lambda e: inner[e], lambda e: _inner(self, e, hidden_TD))
-    out_TD = torch.zeros_like(hidden_TD)
+    out_TD = torch.zeros_like(hidden_TD, dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
     for expert, (token, slot) in enumerate(routed):
         y_TD = _linear(self, "down_proj", expert, inner[expert])
         if getattr(self, "has_post_expert_norm", False):
             y_TD = self.post_expert_norm(y_TD)
         out_TD.index_add_(0, token, (y_TD * top_k_weights[token, slot, None]).to(out_TD.dtype))
-    return out_TD
+    return out_TD.to(hidden_TD.dtype)
 
 
 def _inner(self: Any, expert: int, x_TD: Tensor) -> Tensor:

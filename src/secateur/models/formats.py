@@ -229,7 +229,8 @@ def unpack_rows(packing: Packing, parts: Parts, offsets: Tensor, start: int, sto
     shape = (stop - start, packing.shape[1])
     scale_O = parts[SCALE][start:stop] if SCALE in parts else None
     if packing.n is not None and packing.m is not None:
-        index = _unpack_index(parts[INDEX], packing.count, packing.m)[a:b]
+        first, last = (place * _bits(packing.m) // 8 for place in (a, b))  # a step's indices are whole bytes
+        index = _unpack_index(parts[INDEX][first:last], b - a, packing.m)
         held = _scatter_nm(parts[VALUES][a:b], index, shape, packing.n, packing.m)
     else:
         across = _tiles(packing.shape[1], COLUMNS) * ROWS * COLUMNS // 8

@@ -64,15 +64,19 @@ class DiskHost:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         trusted = checkpoint.trust_remote_code
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trusted)
-        source = next((i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point), torch.float32)
+        first = next((i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point), torch.float32)
+        # As from_pretrained does: in a checkpoint of several dtypes the first tensor is as a rule of a rare one.
+        self._dtype = computing_dtype(device, dtype or config.dtype or first)
         try:
             with init_empty_weights(include_buffers=False):
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    config, dtype=computing_dtype(device, dtype or source), trust_remote_code=trusted
+                    config, dtype=self._dtype, trust_remote_code=trusted
                 )
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{checkpoint.directory}: config.json describes no model ({first_line(error)})") from None
         self.model.eval().requires_grad_(False)
+        if self._dtype != torch.float32:
+            _tables_anew(self.model, self.model)
         self.skeleton = Skeleton(self.model)
         self.names: dict[int | None, list[str]] = {None: []}
         self.names_of: dict[str, list[str]] = {}
@@ -104,7 +108,8 @@ class DiskHost:
         written = written or {}
         state = {name: written[name] if name in written else self.checkpoint.read(name) for name in names}
         mapping: Any = get_model_conversion_mapping(self.model)
-        settings = LoadStateDictConfig(weight_mapping=mapping)
+        plan = self.model._get_dtype_plan(self._dtype)  # what stays in float32 among 16-bit weights
+        settings = LoadStateDictConfig(weight_mapping=mapping, dtype_plan=plan)
         with quiet_transformers(), _loading_in_this_thread():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, settings, None)
         if info.mismatched_keys or info.conversion_errors:
@@ -157,6 +162,15 @@ class DiskHost:
             if info is None or info.shape != tuple(tensor.shape):
                 raise ModelError(f"{name}: transformers does not give back the checkpoint's own names and shapes")
         return back
+
+
+def _tables_anew(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Compute buffers that lie in no checkpoint again, as from_pretrained does: in 16 bits they come out coarse."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    if module._non_persistent_buffers_set:
+        owner._init_weights(module)
+    for child in module.children():
+        _tables_anew(child, owner)
 
 
 def names_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
@@ -223,18 +237,19 @@ class LiveHost:
         elsewhere = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
         if elsewhere is not None:
             raise ModelError(
-                f"{elsewhere}: is not in memory (device_map left it on disk); give the model's directory instead, "
-                "which is pruned block by block"
+                f"{elsewhere}: is not in place (device_map left it in CPU memory or on disk); give the model's "
+                "directory instead, which is pruned block by block"
             )
         self.model = model
         self.skeleton = Skeleton(model)
         self.skeleton.refuse_shared_weights()
         self.device = next(model.parameters()).device
-        self._dtype = computing_dtype(self.device, next(model.parameters()).dtype)
+        # On a GPU the model computes as it came: some of its tensors, such as rotary frequencies, must stay float32.
+        self._dtype = torch.float32 if self.device.type == "cpu" else None
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Put the model into evaluation mode, and its skeleton into the computing dtype, for a while."""
+        """Put the model into evaluation mode, and on a CPU its skeleton into float32, for a while."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -246,7 +261,7 @@ class LiveHost:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Yield block `index` in the computing dtype."""
+        """Yield block `index`, on a CPU in float32."""
         block = self.skeleton.real[index]
         try:
             with resident(block.modules(), self._dtype):
@@ -268,14 +283,14 @@ def own_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def resident(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Hold floating parameters and buffers of modules in `dtype` for a while.
+def resident(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+    """Hold floating parameters and buffers of modules in `dtype` for a while; None leaves each in its own.
 
     Afterwards each tensor is its former self again; a parameter marked `changed` gets its new value first.
     """
     former: list[tuple[Tensor, Tensor]] = []
     for tensor in own_tensors(modules):
-        if tensor.is_floating_point() and tensor.dtype != dtype:
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
             former.append((tensor, tensor.data))
             tensor.own_dtype = tensor.dtype  # type: ignore[attr-defined]
             tensor.data = tensor.data.to(dtype)

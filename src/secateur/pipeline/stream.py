@@ -50,7 +50,7 @@ class Stream:
                 calls = [call.shared_with(known) for call, known in zip(calls, self.calls[-1], strict=True)]
             self.calls.append(calls)
             self.hidden_shape, self._dtype = hidden.shape[2:], hidden.dtype
-            self._offsets.append(self._offsets[-1] + hidden.numel() * hidden.element_size())
+            self._offsets.append(self._offsets[-1] + hidden.numel())
             if first == 0:
                 self.put(0, number, hidden)
 
@@ -61,23 +61,28 @@ class Stream:
 
     def get(self, index: int, number: int) -> Tensor:
         """Read the input of block `index` for one micro-batch, [B, T, D]."""
-        size = self._offsets[number + 1] - self._offsets[number]
-        buffer = bytearray(size)
+        dtype = self._dtype_of(index)
+        buffer = bytearray((self._offsets[number + 1] - self._offsets[number]) * dtype.itemsize)
         with self._files[index % 2].open("rb") as file:
-            file.seek(self._offsets[number])
+            file.seek(self._offsets[number] * dtype.itemsize)
             file.readinto(buffer)
         shape = (*self.batches[number].shape, *self.hidden_shape)
-        return torch.frombuffer(buffer, dtype=self._dtype).view(shape).to(self.host.device)
+        return torch.frombuffer(buffer, dtype=dtype).view(shape).to(self.host.device)
 
     def put(self, index: int, number: int, hidden_BTD: Tensor) -> None:
         """Write the input of block `index` for one micro-batch."""
-        data = hidden_BTD.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        dtype = self._dtype_of(index)
+        data = hidden_BTD.detach().cpu().to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data
         try:
             with self._files[index % 2].open("r+b" if self._files[index % 2].exists() else "w+b") as file:
-                file.seek(self._offsets[number])
+                file.seek(self._offsets[number] * dtype.itemsize)
                 file.write(data)
         except OSError as error:
             raise OutputError(f"{self._files[index % 2]}: hidden states {unwritable(error)}") from error
+
+    def _dtype_of(self, index: int) -> torch.dtype:
+        """The dtype of a block's input: among 16-bit weights, some models keep hidden states in float32 (Mamba)."""
+        return self.host.skeleton.dtypes[index - 1] if index else self._dtype
 
     def run(self, index: int, block: nn.Module, number: int) -> Tensor:
         """Return the output of one resident block for one micro-batch, [B, T, D]."""
@@ -100,7 +105,7 @@ class Stream:
             for number in range(len(self.batches)):
                 out = self.run(index, block, number)
                 if compare:
-                    dense = self.get(index + 1, number).to(out.device)
+                    dense = self.get(index + 1, number).to(out.device).float()  # in float16 the norm overflows
                     norm += float(torch.linalg.vector_norm(dense)) ** 2
                     distance += float(torch.linalg.vector_norm(dense.sub_(out))) ** 2
                 self.put(index + 1, number, out)

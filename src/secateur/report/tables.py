@@ -148,8 +148,9 @@ def evaluation_table(model: str, evaluation: Mapping[str, Any]) -> Table:
 def inspection_table(model: str, found: Mapping[str, Any]) -> Table:
     """One row per kind of matrix, over all blocks, and the total."""
     table = Table(title=f"{model}: {found['model_type']}, {found['blocks']} blocks")
-    for heading in ("matrix", "shape", "blocks", "sparsity", "pattern", "format", "bytes"):
-        table.add_column(heading, justify="left" if heading in ("matrix", "pattern", "format") else "right")
+    for heading in ("matrix", "shape", "blocks", "sparsity", "pattern", "format", "runs here", "bytes"):
+        left = heading in ("matrix", "pattern", "format", "runs here")
+        table.add_column(heading, justify="left" if left else "right")
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in found["matrices"]:
         kinds.setdefault(row["name"].split(f".{row['block']}.", 1)[-1], []).append(row)
@@ -162,13 +163,69 @@ def inspection_table(model: str, found: Mapping[str, Any]) -> Table:
             f"{low:.2%}" if high - low < 5e-5 else f"{low:.2%} to {high:.2%}",
             ", ".join(pattern for pattern, _ in Counter(r["pattern"] for r in rows).most_common(3)),
             ", ".join(sorted({r["format"] for r in rows})),
+            ", ".join(sorted({r["runs"] for r in rows})),
             size(sum(r["bytes"] for r in rows)),
         )
     total = sum(row["bytes"] for row in found["matrices"])
     table.add_section()
-    table.add_row("all matrices", f"{found['weights']:,}", "", f"{found['sparsity']:.2%}", "", "", size(total))
-    table.add_row("whole checkpoint", "", "", "", "", "", size(found["bytes"]))
+    table.add_row("all matrices", f"{found['weights']:,}", "", f"{found['sparsity']:.2%}", "", "", "", size(total))
+    table.add_row("whole checkpoint", "", "", "", "", "", "", size(found["bytes"]))
     return table
+
+
+def speed_table(found: Mapping[str, Any]) -> Table:
+    """Size, memory and speed of one model, or of two side by side with their ratio, and on what they were measured."""
+    models = found["models"]
+    table = Table(title=models[0]["name"], caption=_conditions(found), caption_justify="left")
+    table.add_column("")
+    for model in models:
+        table.add_column(f"{model['name']} ({model['dtype']})", justify="right")
+    if len(models) == 2:
+        table.add_column("ratio", justify="right")
+
+    def row(what: str, cells: list[str], numbers: list[float | None]) -> None:
+        ratio = f"{numbers[0] / numbers[1]:.2f}" if len(numbers) == 2 and all(numbers) else ""  # type: ignore[operator]
+        table.add_row(what, *cells, *([ratio] if len(numbers) == 2 else []))
+
+    for what, key in (("bytes on disk", "bytes"), ("resident memory", "resident_bytes")):
+        row(what, [size(model[key]) for model in models], [model[key] for model in models])
+    for batch in [speed["batch"] for speed in models[0]["speeds"]]:
+        for what in ("prefill", "decode"):
+            speeds = [next((s[what] for s in m["speeds"] if s["batch"] == batch), None) for m in models]
+            medians = [speed and speed["median"] for speed in speeds]
+            row(f"{what}, batch {batch}", [_tokens_per_second(speed) for speed in speeds], medians)
+    return table
+
+
+def _tokens_per_second(speed: Mapping[str, float] | None) -> str:
+    if speed is None:
+        return "not measured"
+    digits = 0 if speed["median"] >= 100 else 1
+    return f"{speed['median']:.{digits}f} tokens/s ({speed['slowest']:.{digits}f} to {speed['fastest']:.{digits}f})"
+
+
+def _conditions(found: Mapping[str, Any]) -> str:
+    lines = [
+        f"{found['processor']}, {found['threads']} threads; {found['prompt']} tokens of prompt, {found['tokens']} new; "
+        f"median of {found['rounds']} rounds in turn (slowest to fastest)"
+    ]
+    for model in found["models"]:
+        if arranged := model["arrangement"]:
+            lines.append(f"{model['name']}: {arrangement_words(arranged)}")
+        lines += [f"{model['name']} in {dtype} not measured: {why}" for dtype, why in model["not_measured"].items()]
+    return "\n".join(lines)
+
+
+def arrangement_words(arranged: Mapping[str, Any]) -> str:
+    """How the matrices of a packed model run here."""
+    words = [f"{arranged['packed']} matrices run packed, {arranged['unpacked']} dense"]
+    if arranged["kernels"] is None:
+        words.append("no kernels, torch computes (they are compiled at install if there is a C compiler)")
+    else:
+        words.append(f"{arranged['kernels']} kernels")
+    if arranged["activations8"]:
+        words.append(f"{arranged['activations8']} with 8-bit activations")
+    return "; ".join(words)
 
 
 def generation_text(prompt: str, continuation: str) -> Text:

@@ -52,14 +52,15 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
     for name, module in list(model.named_modules()):
         if isinstance(module, UnpackedLinear) and prefer == "memory":
             _exchange(model, name, _packed_again(module))
-        elif isinstance(module, PackedLinear) and prefer == "speed" and not packed_is_faster(module):
-            _exchange(model, name, _unpacked(module))
+        elif isinstance(module, PackedLinear) and prefer == "speed" and module.weight.is_cpu:  # a GPU wants memory
+            if not packed_is_faster(module.packing, module.kernel()):
+                _exchange(model, name, _unpacked(module))
         elif type(module) in (nn.Linear, KernelLinear):
             module.__class__ = KernelLinear if _our_dense_is_faster(module) else nn.Linear
     fitting = [m for m in model.modules() if isinstance(m, PackedLinear) and _takes_8_bit_activations(m.packing)]
     if activations and not fitting:
         raise OptionError(
-            "activations int8: no matrix of this model can; it takes kernels, and packing with --format nm --values int8"
+            "activations int8: no matrix of this model can; it takes kernels, and pack --format nm --values int8"
         )
     for module in fitting:
         module.activations = activations
@@ -80,15 +81,13 @@ def arrangement(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def packed_is_faster(module: PackedLinear) -> bool:
-    """Whether this matrix is better left packed for speed; True off the CPU, where memory is what packing is for."""
-    if not module.weight.is_cpu or module.packing.values == "int8":
-        return True  # and 8-bit weights are float32 once unpacked
-    kernel = module.kernel()
+def packed_is_faster(packing: Packing, kernel: KernelMatrix | None) -> bool:
+    """Whether a matrix in the CPU's memory is better left packed for speed."""
+    if packing.values == "int8":
+        return True  # unpacked it would be float32
     if kernel is None:
         return False
-    dtype = module.weight.dtype
-    found = measured(kernel, module.packing, dtype)
+    found = measured(kernel, packing, kernel.values.dtype)
     return found["kernel"] <= found["torch"]
 
 
@@ -98,7 +97,7 @@ def _our_dense_is_faster(module: nn.Linear) -> bool:
     if not fits or kernels.library() is None:
         return False
     shape = (module.out_features, module.in_features)
-    kernel = KernelMatrix("dense", shape, {VALUES: weight.detach().view(-1)}, None)
+    kernel = KernelMatrix("dense", shape, {VALUES: weight}, None)
     found = measured(kernel, None, weight.dtype)
     return found["kernel"] <= found["torch"]
 
@@ -107,7 +106,7 @@ def measured(kernel: KernelMatrix, packing: Packing | None, dtype: torch.dtype) 
     """Seconds for one row of inputs by our kernel and by torch's dense product, medians in turn; measured once."""
     shape = (kernel.rows, kernel.columns)
     kind = packing and (packing.format, packing.n, packing.m, round(20 * packing.count / (shape[0] * shape[1])))
-    key = (shape, kind, kernel.tensors[VALUES].dtype, dtype, torch.get_num_threads(), kernels.use())
+    key = (shape, kind, kernel.values.dtype, dtype, torch.get_num_threads(), kernels.use())
     if key not in _measured:
         x, dense = torch.ones(1, shape[1], dtype=dtype), torch.ones(shape, dtype=dtype)
         with torch.inference_mode():

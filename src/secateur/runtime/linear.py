@@ -16,6 +16,7 @@ from . import kernels
 from .kernels import KernelMatrix
 
 TILE_BYTES = 1 << 20  # of unpacked weights at a time
+GPU_TILE_BYTES = 64 << 20  # a GPU is slow at many small steps
 MOST_ROWS = 8  # of inputs for which weights are read as they are packed; beyond, unpacking costs less than it saves
 
 
@@ -59,7 +60,7 @@ class PackedLinear(nn.Module):
     @property
     def parts(self) -> dict[str, Tensor]:
         """The packed parts, by suffix."""
-        return {suffix: getattr(self, f"weight{suffix}") for suffix in self.packing.parts}
+        return {name.removeprefix("weight"): part for name, part in self._buffers.items() if part is not None}
 
     def packing_now(self) -> Packing:
         """What the parts are now, after a cast."""
@@ -72,12 +73,11 @@ class PackedLinear(nn.Module):
 
     def kernel(self) -> KernelMatrix | None:
         """The matrix as the kernels see it; None where there are none, or not for where it is."""
-        if self._kernel is None or self._kernel.tensors[VALUES] is not self._buffers["weight"]:
-            parts = self.parts
+        parts = self.parts
+        if self._kernel is None or not self._kernel.holds(parts):
             usable = all(part.is_cpu for part in parts.values()) and parts[VALUES].dtype in kernels.TYPES
             self._kernel = None
             if usable and kernels.library() is not None:
-                parts = {suffix: part.contiguous() for suffix, part in parts.items()}
                 self._kernel = KernelMatrix(self.packing.format, self.packing.shape, parts, self.packing)
         return self._kernel
 
@@ -108,7 +108,8 @@ class PackedLinear(nn.Module):
         flat = x.reshape(-1, self.in_features).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         out = flat.new_empty(len(flat), self.out_features)
-        step = max(ROWS, TILE_BYTES // (dtype.itemsize * self.in_features) // ROWS * ROWS)
+        tile_bytes = TILE_BYTES if x.is_cpu else GPU_TILE_BYTES
+        step = max(ROWS, tile_bytes // (dtype.itemsize * self.in_features) // ROWS * ROWS)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             tile = self.rows(start, stop, dtype)
@@ -172,15 +173,13 @@ class KernelLinear(nn.Linear):
     Layers become one by a change of class, so that their weights, ties and hooks stay what they are.
     """
 
-    _kernel: tuple[int, KernelMatrix] | None = None
+    _kernel: KernelMatrix | None = None
 
     def kernel(self) -> KernelMatrix:
         """The matrix as the kernels see it."""
-        pointer = self.weight.data_ptr()
-        if self._kernel is None or self._kernel[0] != pointer:
-            tensors = {VALUES: self.weight.detach().view(-1)}
-            self._kernel = pointer, KernelMatrix("dense", (self.out_features, self.in_features), tensors, None)
-        return self._kernel[1]
+        if self._kernel is None or not self._kernel.holds({VALUES: self.weight}):
+            self._kernel = KernelMatrix("dense", (self.out_features, self.in_features), {VALUES: self.weight}, None)
+        return self._kernel
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x Wᵀ + b."""

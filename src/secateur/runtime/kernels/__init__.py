@@ -88,21 +88,25 @@ class KernelMatrix:
     """One matrix in memory, as the kernels see it. It keeps its tensors alive."""
 
     def __init__(self, format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], packing: Packing | None):
-        """Point at tensors, by suffix, on the CPU and contiguous; of a dense matrix, only its values."""
+        """Point at tensors, by suffix, on the CPU; of a dense matrix, only its values (and scale)."""
         self.rows, self.columns = shape
-        self.tensors = dict(tensors)
-        kept = list(tensors.values())
-        offsets = row_offsets(packing, tensors).contiguous() if packing else None
-        where = tensors.get(MASK, tensors.get(INDEX))
-        scale = tensors.get(SCALE)
-        self._kept = (kept, offsets)
-        values = tensors[VALUES]
+        self._seen = [(tensor.data_ptr(), tensor.dtype) for tensor in tensors.values()]
+        # Other tensor objects, which hold the memory even if those given are let point elsewhere.
+        held = {suffix: tensor.detach().contiguous().view(-1) for suffix, tensor in tensors.items()}
+        self.values = values = held[VALUES]
+        where, scale = held.get(MASK, held.get(INDEX)), held.get(SCALE)
+        offsets = row_offsets(packing, held).contiguous() if packing else None
+        self._held = held, offsets
         self._matrix = _Matrix(
             FORMATS[format], TYPES[values.dtype], *shape, (packing and packing.n) or 0, (packing and packing.m) or 0,
             values.data_ptr(), None if where is None else where.data_ptr(),
             None if offsets is None else offsets.data_ptr(), None if scale is None else scale.data_ptr(), len(values),
         )  # fmt: skip
         self._pointer = ctypes.addressof(self._matrix)
+
+    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether this was made from these tensors, where they lie now."""
+        return self._seen == [(tensor.data_ptr(), tensor.dtype) for tensor in tensors.values()]
 
     def linear(self, x: Tensor, bias: Tensor | None = None, activations8: bool = False) -> Tensor:
         """Return x Wᵀ + b.
