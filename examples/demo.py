@@ -1,4 +1,4 @@
-"""Prune SmolLM2-135M to half of its weights, pack what is left, and show what that costs: `make demo`."""
+"""Prune SmolLM2-135M to half of its weights, pack and time what is left, and show it all: `make demo`."""
 
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ def demo() -> int:
         ]
     )
     code = code or main(["pack", str(OUTPUT), str(PACKED), "--overwrite"])
+    code = code or main(["bench", str(PACKED), "--against", str(OUTPUT), "--rounds", "3", "--no-record"])
     if code:
         return code
     table = Table("dense", "half of the weights removed", title=f"{PROMPT} … (always the likeliest word)")

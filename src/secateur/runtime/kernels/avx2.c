@@ -9,7 +9,7 @@ typedef __m256 vec;
 
 static inline vec zero(void) { return _mm256_setzero_ps(); }
 static inline vec load(const float *p) { return _mm256_loadu_ps(p); }
-static inline void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
+static inline void store_float(float *p, vec v) { _mm256_storeu_ps(p, v); }
 static inline vec madd(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline float sum(vec v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -48,9 +48,12 @@ static inline __m256 expand_bf16(const uint8_t *p, size_t chunk) {
     __m256i pair = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(pair, *(const __m256i *)((const uint8_t *)to_bf16 + chunk)));
 }
-static inline __m256 expand_f16(const uint8_t *p, size_t chunk) {
+static inline __m128i expand_raw16(const uint8_t *p, size_t chunk) {
     const __m128i *shuffle = (const __m128i *)((const uint8_t *)to_f16 + chunk / 2);
-    return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)p), *shuffle));
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)p), *shuffle);
+}
+static inline __m256 expand_f16(const uint8_t *p, size_t chunk) {
+    return _mm256_cvtph_ps(expand_raw16(p, chunk));
 }
 static inline __m256 expand_i8(const uint8_t *p, size_t chunk) {
     __m256i eight = _mm256_set1_epi64x((long long)load64(p));
@@ -70,6 +73,8 @@ static inline __m256 read_f16(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loa
 static inline __m256 read_i8(const uint8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
+
+static inline void store_uint16_t(uint16_t *p, __m128i v) { _mm_storeu_si128((__m128i *)p, v); }
 
 #include "rows.h"
 
@@ -115,7 +120,7 @@ static inline __m256i eight_indices(const uint8_t *p, int bits) {
                 }                                                                                                     \
             }                                                                                                         \
             float quads[8 * MOST];                                                                                    \
-            for (int i = 0; i < count; i++) store(quads + 8 * i, sums[i]);                                            \
+            for (int i = 0; i < count; i++) store_float(quads + 8 * i, sums[i]);                                            \
             for (int r = 0; r < TILE; r++) {                                                                          \
                 float total = 0;                                                                                      \
                 for (int k = 0; k < per_row; k++) total += quads[r * per_row + k];                                    \
@@ -238,7 +243,8 @@ static void rows8_dense(const Matrix *w, const int8_t *x, const float *x_scale, 
 static const Kernels avx2 = {
     "avx2",
     {ALL_TYPES(dense_), ALL_TYPES(bitmask_), ALL_TYPES(nm_)},
-    {ALL_TYPES(unpack_dense_), ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
+    {{NULL}, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
+    {NULL, unpack_bitmask_raw16, unpack_nm_raw16},
     {rows8_dense, NULL, rows8_nm},
     1.0f / 16777216,
 };

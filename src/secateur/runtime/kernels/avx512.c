@@ -9,7 +9,7 @@ typedef __m512 vec;
 
 static inline vec zero(void) { return _mm512_setzero_ps(); }
 static inline vec load(const float *p) { return _mm512_loadu_ps(p); }
-static inline void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
+static inline void store_float(float *p, vec v) { _mm512_storeu_ps(p, v); }
 static inline vec madd(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float sum(vec v) { return _mm512_reduce_add_ps(v); }
 
@@ -45,6 +45,11 @@ static inline vec read_f32(const uint8_t *p) { return _mm512_loadu_ps((const flo
 static inline vec read_bf16(const uint8_t *p) { return from_bf16(load256(p)); }
 static inline vec read_f16(const uint8_t *p) { return _mm512_cvtph_ps(load256(p)); }
 static inline vec read_i8(const uint8_t *p) { return from_i8(load128(p)); }
+
+static inline __m256i expand_raw16(const uint8_t *p, size_t chunk) {
+    return _mm256_maskz_expand_epi16((__mmask16)chunk, load256(p));
+}
+static inline void store_uint16_t(uint16_t *p, __m256i v) { _mm256_storeu_si256((__m256i *)p, v); }
 
 #include "rows.h"
 
@@ -114,7 +119,8 @@ const Kernels *secateur_avx512(void) {
     avx512 = (Kernels){
         "avx512",
         {ALL_TYPES(dense_), {bitmask_f32, wide_bitmask_bf16, wide_bitmask_f16, wide_bitmask_i8}, ALL_TYPES(batch_nm_)},
-        {ALL_TYPES(unpack_dense_), ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
+        {{NULL}, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
+        {NULL, unpack_bitmask_raw16, unpack_nm_raw16},
         {NULL},
         1,
     };

@@ -39,13 +39,14 @@ typedef void (*Rows)(const Matrix *w, const float *x, int64_t slots, int batch, 
 /* The same for 8-bit values, from 8-bit x with one scale for each block. */
 typedef void (*Rows8)(const Matrix *w, const int8_t *x, const float *x_scale, int64_t slots, float *y, int64_t begin,
                       int64_t end);
-/* out[row - first][column] = W[row][column], scales left out; rows of tiles begin to end below w->rows. */
-typedef void (*Unpack)(const Matrix *w, float *out, int64_t begin, int64_t end);
+/* out[row - first][column] = W[row][column] as float32, scales left out; rows of tiles begin to end below w->rows. */
+typedef void (*Unpack)(const Matrix *w, void *out, int64_t begin, int64_t end);
 
 typedef struct {
     const char *name;
     Rows rows[FORMATS][TYPES];
-    Unpack unpack[FORMATS][TYPES];
+    Unpack unpack[FORMATS][TYPES]; /* not of dense */
+    Unpack unpack16[FORMATS];      /* values of 16 bits as they are */
     Rows8 rows8[FORMATS];  /* may be NULL */
     float bitmask_i8_unit; /* to multiply what comes of 8-bit values of `bitmask` with */
 } Kernels;

@@ -205,18 +205,20 @@ static void unpack_chunk(void *context, int64_t chunk) {
     const Matrix *w = job->w;
     int64_t begin = job->first + chunk * job->tiles_of_chunk, end = begin + job->tiles_of_chunk;
     float *rows = malloc((size_t)(TILE * w->columns + !w->columns) * sizeof(float));
+    int as_held = SIZE[w->type] == 2 && job->out_type == w->type;
+    Unpack unpack = as_held ? kernels->unpack16[w->format] : kernels->unpack[w->format][w->type];
     for (int64_t tile = begin; rows && tile < end && tile < job->end; tile++) {
         Matrix alone = *w;
         int64_t offsets[2], count = w->rows - tile * TILE < TILE ? w->rows - tile * TILE : TILE;
-        uint8_t *copy = NULL;
-        if (safe(w, tile)) kernels->unpack[w->format][w->type](w, rows, tile, tile + 1);
-        else if ((copy = with_room(w, tile, &alone, offsets))) kernels->unpack[w->format][w->type](&alone, rows, 0, 1);
+        uint8_t *copy = NULL, *out = job->out + (tile - job->first) * TILE * w->columns * SIZE[job->out_type];
+        void *to = as_held ? (void *)out : rows;
+        if (safe(w, tile)) unpack(w, to, tile, tile + 1);
+        else if ((copy = with_room(w, tile, &alone, offsets))) unpack(&alone, to, 0, 1);
         else job->failed = 1;
-        for (int64_t r = 0; r < count && !job->failed; r++) {
+        for (int64_t r = 0; r < count && !as_held && !job->failed; r++) {
             float *row = rows + r * w->columns, scale = unit(w, tile * TILE + r);
             for (int64_t k = 0; w->type == I8 && k < w->columns; k++) row[k] *= scale;
-            write_values(job->out + ((tile - job->first) * TILE + r) * w->columns * SIZE[job->out_type], job->out_type,
-                         row, w->columns);
+            write_values(out + r * w->columns * SIZE[job->out_type], job->out_type, row, w->columns);
         }
         free(copy);
     }
@@ -226,6 +228,7 @@ static void unpack_chunk(void *context, int64_t chunk) {
 
 /* Rows of W from `first`, a multiple of 4, to `end`, another or the last, as contiguous floats of the type given. */
 EXPORT int secateur_unpack(const Matrix *w, int64_t first, int64_t end, uint8_t *out, int out_type, int threads) {
+    if (w->format == DENSE) return NO_SUCH_KERNEL;
     Job job = {.w = w, .out = out, .out_type = out_type, .first = first / TILE, .end = ceil_div(end, TILE)};
     share(unpack_chunk, &job, threads, CHUNK_BYTES);
     return job.failed ? NO_MEMORY : DONE;

@@ -6,7 +6,7 @@ typedef float vec __attribute__((vector_size(16)));
 
 static inline vec zero(void) { return (vec){0, 0, 0, 0}; }
 static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
-static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+static inline void store_float(float *p, vec v) { memcpy(p, &v, sizeof v); }
 static inline vec madd(vec a, vec b, vec c) { return a * b + c; }
 static inline float sum(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
@@ -35,6 +35,17 @@ READ_AND_EXPAND(f32, F32)
 READ_AND_EXPAND(bf16, BF16)
 READ_AND_EXPAND(f16, F16)
 READ_AND_EXPAND(i8, I8)
+
+typedef uint64_t quarter; /* 4 values of 16 bits */
+static inline quarter expand_raw16(const uint8_t *p, size_t chunk) {
+    quarter v = 0;
+    for (int i = 0; i < LANES; i++)
+        if (chunk >> i & 1) v |= (quarter)load16(p) << 16 * i, p += 2;
+    return v;
+}
+static inline void store_uint16_t(uint16_t *p, quarter v) {
+    for (int i = 0; i < LANES; i++) p[i] = (uint16_t)(v >> 16 * i);
+}
 
 #include "rows.h"
 
@@ -76,7 +87,8 @@ static void rows8_dense(const Matrix *w, const int8_t *x, const float *x_scale, 
 static const Kernels portable = {
     "portable",
     {ALL_TYPES(dense_), ALL_TYPES(bitmask_), ALL_TYPES(batch_nm_)},
-    {ALL_TYPES(unpack_dense_), ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
+    {{NULL}, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
+    {NULL, unpack_bitmask_raw16, unpack_nm_raw16},
     {rows8_dense, NULL, rows8_nm},
     1,
 };

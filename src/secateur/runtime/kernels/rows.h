@@ -1,9 +1,9 @@
 /* Kernels of every format and type, over vectors of one instruction set.
  *
- * The including file defines, for vectors of LANES floats: `vec`, zero(), load(p), madd(a, b, c) = a * b + c, store(p, v),
- * sum(v); read_f32 (and bf16, f16, i8) to widen LANES values; and to expand those chosen by LANES bits of a mask to where
+ * The including file defines, for vectors of LANES floats: `vec`, zero(), load(p), madd(a, b, c) = a * b + c,
+ * store_float(p, v), sum(v); read_f32 (and bf16, f16, i8) to widen LANES values; and to expand those chosen by LANES bits of a mask to where
  * the bits are: CHUNK(mask, s), a number made of bits s * LANES onwards, COUNT(chunk), and expand_f32 (and bf16, …)
- * (p, chunk). Reads may go OVERREAD bytes beyond a tile's data. */
+ * (p, chunk), and expand_raw16 and store_uint16_t for values of 16 bits as they are. Reads may go OVERREAD bytes beyond a tile's data. */
 
 /* gcc spills pointers and reads x again from memory unless it is told that they change. */
 #define KEEP_IN_REGISTERS(a, b, c, d) __asm__ volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d))
@@ -41,14 +41,18 @@ static inline void write_sums(vec sums[][TILE], int batch, float *y, int64_t ldy
 }
 
 /* Copy a block's columns to where they belong in `out`: from slots, which may have gaps, to columns. */
-static inline void write_block(const Matrix *w, float block[TILE][BLOCK], float *out, int64_t rows, int64_t index) {
-    int wide = step_columns(w);
-    for (int64_t r = 0; r < rows; r++)
-        for (int s = 0; s < BLOCK / STEP; s++) {
-            int64_t first = (index * (BLOCK / STEP) + s) * wide, count = w->columns - first;
-            if (count > 0)
-                memcpy(out + r * w->columns + first, block[r] + s * STEP, (size_t)(count < wide ? count : wide) * 4);
-        }
+static inline void write_block(const Matrix *w, const void *block, int size, uint8_t *out, int64_t rows, int64_t index) {
+    int64_t wide = step_columns(w), columns = wide * (BLOCK / STEP), first = index * columns;
+    for (int64_t r = 0; r < rows; r++) {
+        const uint8_t *slots = (const uint8_t *)block + r * BLOCK * size;
+        uint8_t *row = out + (r * w->columns + first) * size;
+        if (wide == STEP && first + BLOCK <= w->columns) memcpy(row, slots, (size_t)(BLOCK * size));
+        else
+            for (int64_t c = 0; c < columns && first + c < w->columns; c += wide) {
+                int64_t left = w->columns - first - c;
+                memcpy(row + c * size, slots + c / wide * STEP * size, (size_t)((left < wide ? left : wide) * size));
+            }
+    }
 }
 
 /* Functions of one format and type over a function that decodes its blocks one after the other. */
@@ -68,15 +72,18 @@ static inline void write_block(const Matrix *w, float block[TILE][BLOCK], float 
             write_sums(sums, batch, y + tile * TILE, ldy);                                                            \
         }                                                                                                             \
     }                                                                                                                 \
-    static void unpack_##format##_##type(const Matrix *w, float *out, int64_t begin, int64_t end) {                    \
-        int64_t blocks = blocks_of(w);                                                                                \
+    UNPACK(format, type, float)
+
+#define UNPACK(format, type, element)                                                                                 \
+    static void unpack_##format##_##type(const Matrix *w, void *out, int64_t begin, int64_t end) {                     \
+        int64_t blocks = blocks_of(w), size = sizeof(element);                                                        \
         for (int64_t tile = begin; tile < end; tile++) {                                                              \
             Cursor at = start_of(w, tile);                                                                            \
             int64_t rows = w->rows - tile * TILE < TILE ? w->rows - tile * TILE : TILE;                               \
             for (int64_t i = 0; i < blocks; i++) {                                                                    \
-                float block[TILE][BLOCK];                                                                             \
+                element block[TILE][BLOCK];                                                                           \
                 decode_##format##_##type(w, &at, i, block);                                                           \
-                write_block(w, block, out + (tile - begin) * TILE * w->columns, rows, i);                             \
+                write_block(w, block, (int)size, (uint8_t *)out + (tile - begin) * TILE * w->columns * size, rows, i); \
             }                                                                                                         \
         }                                                                                                             \
     }
@@ -90,18 +97,21 @@ static inline Cursor start_of(const Matrix *w, int64_t tile) {
 }
 
 /* bitmask: four rows at a time, from four places of one stream of values. */
-#define BITMASK_KERNELS(type, TYPE)                                                                                   \
-    static inline void decode_bitmask_##type(const Matrix *w, Cursor *at, int64_t i, float block[TILE][BLOCK]) {       \
+#define DECODE_BITMASK(type, TYPE, element)                                                                           \
+    static inline void decode_bitmask_##type(const Matrix *w, Cursor *at, int64_t i, element block[TILE][BLOCK]) {     \
         (void)w, (void)i;                                                                                             \
         for (int r = 0; r < TILE; r++, at->where += BLOCK / 8) {                                                      \
             uint64_t mask = load64(at->where);                                                                        \
             _Pragma("GCC unroll 16") for (int s = 0; s < BLOCK / LANES; s++) {                                        \
                 size_t chunk = CHUNK(mask, s);                                                                        \
-                store(block[r] + s * LANES, expand_##type(at->values, chunk));                                        \
+                store_##element(block[r] + s * LANES, expand_##type(at->values, chunk));                              \
                 at->values += COUNT(chunk) * SIZE[TYPE];                                                              \
             }                                                                                                         \
         }                                                                                                             \
-    }                                                                                                                 \
+    }
+
+#define BITMASK_KERNELS(type, TYPE)                                                                                   \
+    DECODE_BITMASK(type, TYPE, float)                                                                                 \
     BY_BLOCKS(bitmask, type)                                                                                          \
     static void bitmask_##type(const Matrix *w, const float *x, int64_t slots, int batch, float *y, int64_t ldy,       \
                                int64_t begin, int64_t end) {                                                          \
@@ -137,19 +147,22 @@ static inline Cursor start_of(const Matrix *w, int64_t tile) {
     }
 
 /* nm, any pattern: place by place. */
-#define NM_KERNELS(type, TYPE)                                                                                        \
-    static inline void decode_nm_##type(const Matrix *w, Cursor *at, int64_t i, float block[TILE][BLOCK]) {            \
+#define DECODE_NM(type, TYPE, element, value)                                                                         \
+    static inline void decode_nm_##type(const Matrix *w, Cursor *at, int64_t i, element block[TILE][BLOCK]) {          \
         int bits = index_bits(w), groups = step_groups(w), bit = 0;                                                   \
         int64_t left = steps_of(w) - i * (BLOCK / STEP);                                                              \
-        memset(block, 0, sizeof(float) * TILE * BLOCK);                                                               \
+        memset(block, 0, sizeof(element) * TILE * BLOCK);                                                             \
         for (int s = 0; s < BLOCK / STEP && s < left; s++)                                                            \
             for (int r = 0; r < TILE; r++)                                                                            \
                 for (int g = 0; g < groups; g++)                                                                      \
                     for (int k = 0; k < w->n; k++, bit += bits, at->values += SIZE[TYPE])                             \
                         block[r][s * STEP + g * w->m + (at->where[bit >> 3] >> (bit & 7) & ((1 << bits) - 1))] =      \
-                            value_at(at->values, TYPE);                                                               \
+                            value;                                                                                    \
         at->where += bit / 8;                                                                                         \
-    }                                                                                                                 \
+    }
+
+#define NM_KERNELS(type, TYPE)                                                                                        \
+    DECODE_NM(type, TYPE, float, value_at(at->values, TYPE))                                                          \
     BY_BLOCKS(nm, type)
 
 /* dense, row-major: a row at a time, so that weights are read as one stream. */
@@ -170,10 +183,6 @@ static inline Cursor start_of(const Matrix *w, int64_t tile) {
                 y[b * ldy + row] = total;                                                                             \
             }                                                                                                         \
         }                                                                                                             \
-    }                                                                                                                 \
-    static void unpack_dense_##type(const Matrix *w, float *out, int64_t begin, int64_t end) {                        \
-        int64_t last = end * TILE < w->rows ? end * TILE : w->rows, first = begin * TILE * w->columns;                \
-        for (int64_t k = first; k < last * w->columns; k++) out[k - first] = value_at(w->values + k * SIZE[TYPE], TYPE); \
     }
 
 #define EVERY_KERNEL(type, TYPE) BITMASK_KERNELS(type, TYPE) NM_KERNELS(type, TYPE) DENSE_KERNELS(type, TYPE)
@@ -181,5 +190,11 @@ EVERY_KERNEL(f32, F32)
 EVERY_KERNEL(bf16, BF16)
 EVERY_KERNEL(f16, F16)
 EVERY_KERNEL(i8, I8)
+
+/* Values of 16 bits as they are, whatever they mean. */
+DECODE_BITMASK(raw16, F16, uint16_t)
+UNPACK(bitmask, raw16, uint16_t)
+DECODE_NM(raw16, F16, uint16_t, load16(at->values))
+UNPACK(nm, raw16, uint16_t)
 
 #define ALL_TYPES(prefix) {prefix##f32, prefix##bf16, prefix##f16, prefix##i8}
