@@ -22,6 +22,7 @@ FUNCTIONS = {
     "eval": "evaluate",
     "inspect": "inspect",
     "generate": "generate",
+    "bench": "bench",
 }
 NOT_FLAGS = {"tokenizer", "progress"}  # objects, which no flag can name
 
@@ -92,14 +93,16 @@ def test_flags_are_keywords_with_the_same_defaults(command):
     flags = {p.name: p for p in commands()[command].params if p.name != "help"}
     assert set(flags) - {"as_json"} == set(keywords) - NOT_FLAGS
     for name, flag in flags.items():
-        positional = name in ("model", "output", "prompt")
+        positional = name in ("model", "output") or (command, name) == ("generate", "prompt")
         assert (flag.param_type_name == "argument") == positional
         if positional:
             continue
         spelled = "--json" if name == "as_json" else "--" + name.replace("_", "-")
         assert spelled in flag.opts
         assert set(flag.opts) | set(flag.secondary_opts) <= {spelled, "--no-" + spelled[2:]}
-        if name != "as_json":
+        if name == "batch":  # a list in the shell
+            assert [int(flag.default)] == list(keywords[name].default)
+        elif name != "as_json":
             assert (flag.default or None) == (keywords[name].default or None), name
     assert commands()[command].help and all(getattr(p, "help", None) for p in commands()[command].params)
 

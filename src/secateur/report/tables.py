@@ -148,7 +148,9 @@ def evaluation_table(model: str, evaluation: Mapping[str, Any]) -> Table:
 def inspection_table(model: str, found: Mapping[str, Any]) -> Table:
     """One row per kind of matrix, over all blocks, and the total."""
     table = Table(title=f"{model}: {found['model_type']}, {found['blocks']} blocks")
-    for heading in ("matrix", "shape", "blocks", "sparsity", "pattern", "format", "runs here", "bytes"):
+    packed = any(row["format"] != "dense" for row in found["matrices"])
+    runs = ["runs here"] if packed else []
+    for heading in ("matrix", "shape", "blocks", "sparsity", "pattern", "format", *runs, "bytes"):
         left = heading in ("matrix", "pattern", "format", "runs here")
         table.add_column(heading, justify="left" if left else "right")
     kinds: dict[str, list[Mapping[str, Any]]] = {}
@@ -163,13 +165,14 @@ def inspection_table(model: str, found: Mapping[str, Any]) -> Table:
             f"{low:.2%}" if high - low < 5e-5 else f"{low:.2%} to {high:.2%}",
             ", ".join(pattern for pattern, _ in Counter(r["pattern"] for r in rows).most_common(3)),
             ", ".join(sorted({r["format"] for r in rows})),
-            ", ".join(sorted({r["runs"] for r in rows})),
+            *([", ".join(sorted({r["runs"] for r in rows}))] if packed else []),
             size(sum(r["bytes"] for r in rows)),
         )
     total = sum(row["bytes"] for row in found["matrices"])
     table.add_section()
-    table.add_row("all matrices", f"{found['weights']:,}", "", f"{found['sparsity']:.2%}", "", "", "", size(total))
-    table.add_row("whole checkpoint", "", "", "", "", "", "", size(found["bytes"]))
+    empty = [""] * (2 + packed)
+    table.add_row("all matrices", f"{found['weights']:,}", "", f"{found['sparsity']:.2%}", *empty, size(total))
+    table.add_row("whole checkpoint", "", "", "", *empty, size(found["bytes"]))
     return table
 
 
