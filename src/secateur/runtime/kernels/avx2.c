@@ -186,6 +186,8 @@ static inline __attribute__((always_inline)) void picked8(const Matrix *w, const
             _Pragma("GCC unroll 2") for (int pair = 0; pair < 2; pair++) {
                 if (i * 4 + pair * 2 >= steps) break;
                 __m256i inputs = _mm256_loadu_si256((const __m256i *)(x + i * BLOCK + pair * 2 * STEP));
+                __builtin_prefetch(at.values + AHEAD);
+                __builtin_prefetch(at.where + AHEAD / 2);
                 _Pragma("GCC unroll 3") for (int k = 0; k < count; k++) {
                     const uint8_t *index = at.where + 2 * k * bits, *value = at.values + 16 * k;
                     __m256i from = two_steps_indices(index, index + index_bytes, bits);

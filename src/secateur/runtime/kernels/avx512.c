@@ -69,6 +69,7 @@ static inline void store_uint16_t(uint16_t *p, __m256i v) { _mm256_storeu_si256(
                 uint64_t mask[TILE];                                                                                  \
                 const uint8_t *v[TILE];                                                                               \
                 _Pragma("GCC unroll 4") for (int r = 0; r < TILE; r++) {                                              \
+                    __builtin_prefetch(at.values + AHEAD);                                                            \
                     mask[r] = load64(at.where + 8 * r);                                                               \
                     v[r] = at.values;                                                                                 \
                     at.values += held(mask[r]) * SIZE[TYPE];                                                          \

@@ -15,7 +15,8 @@ enum {
     BLOCK = 64,     /* slots of a block */
     STEP = 16,      /* slots of an `nm` step */
     MAX_BATCH = 8,  /* rows of x that a kernel takes at once */
-    OVERREAD = 64   /* bytes that a kernel may read beyond the tiles it was given */
+    OVERREAD = 64,  /* bytes that a kernel may read beyond the tiles it was given */
+    AHEAD = 2048    /* bytes ahead of which memory is asked for: processors do not look over the end of a page */
 };
 #define EXPORT __attribute__((visibility("default")))
 static const int SIZE[TYPES] = {4, 2, 2, 1};
