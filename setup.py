@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("src/secateur/runtime/kernels")
@@ -31,8 +32,15 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(objects, target, libraries=["m"], extra_postargs=["-pthread"])
 
 
+class WheelOfAnyPython(bdist_wheel):
+    """Names a wheel after the platform alone: one serves every Python."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": WheelOfAnyPython},
     ext_modules=[
         Extension(
             "secateur.runtime.kernels._kernels",

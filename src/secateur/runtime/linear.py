@@ -81,10 +81,13 @@ class PackedLinear(nn.Module):
                 self._kernel = KernelMatrix(self.packing.format, self.packing.shape, parts, self.packing)
         return self._kernel
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return rows of W, [rows, in]; `start` is a multiple of 4, and so is `stop` unless it is the last."""
+    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32, *, unscaled: bool = False) -> Tensor:
+        """Return rows of W, [rows, in]; `start` is a multiple of 4, and so is `stop` unless it is the last.
+
+        `unscaled` leaves out the scales of 8-bit values, and is for where there are kernels.
+        """
         if (kernel := self.kernel()) is not None and dtype in kernels.FLOATS:
-            return kernel.unpack(start, stop, dtype)
+            return kernel.unpack(start, stop, dtype, unscaled=unscaled)
         if self._offsets is None:
             self._offsets = row_offsets(self.packing, self.parts)
         return unpack_rows(self.packing, self.parts, self._offsets, start, stop).to(dtype)
@@ -103,17 +106,21 @@ class PackedLinear(nn.Module):
         return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
     def _by_tiles(self, x: Tensor) -> Tensor:
-        native = x.dtype == self.weight.dtype == torch.bfloat16 and kernels.native_bfloat16()
-        dtype = torch.bfloat16 if native else torch.float32
+        native = x.is_cpu and x.dtype == torch.bfloat16 and kernels.native_bfloat16()
+        dtype = torch.bfloat16 if native and self.weight.dtype in (torch.bfloat16, torch.int8) else torch.float32
+        # 8-bit values are exact in bfloat16, and times their scales they are not.
+        scale_O = self._buffers.get(f"weight{SCALE}") if dtype == torch.bfloat16 else None
         flat = x.reshape(-1, self.in_features).to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
         out = flat.new_empty(len(flat), self.out_features)
         tile_bytes = TILE_BYTES if x.is_cpu else GPU_TILE_BYTES
         step = max(ROWS, tile_bytes // (dtype.itemsize * self.in_features) // ROWS * ROWS)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            tile = self.rows(start, stop, dtype)
-            out[:, start:stop] = nn.functional.linear(flat, tile, None if bias is None else bias[start:stop])
+            tile = self.rows(start, stop, dtype, unscaled=scale_O is not None)
+            bias = None if self.bias is None or scale_O is not None else self.bias[start:stop].to(dtype)
+            out[:, start:stop] = nn.functional.linear(flat, tile, bias)
+        if scale_O is not None:
+            out = out.float() * scale_O if self.bias is None else out.float() * scale_O + self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:

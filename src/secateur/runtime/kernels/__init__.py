@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     found.secateur_use.restype, found.secateur_use.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
     found.secateur_linear.argtypes = [pointer, pointer, int32, int64, pointer, int32, pointer, int32, int32]
-    found.secateur_unpack.argtypes = [pointer, int64, int64, pointer, int32, int32]
+    found.secateur_unpack.argtypes = [pointer, int64, int64, pointer, int32, int32, int32]
     found.secateur_use(None)
     found.secateur_borrow_threads.argtypes = [pointer]
     found.secateur_borrow_threads(_gomp_parallel())
@@ -132,15 +132,22 @@ class KernelMatrix:
         )  # fmt: skip
         return y
 
-    def unpack(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return rows `start` (a multiple of 4) to `stop` (likewise, or the last) of W, [rows, in]."""
+    def unpack(self, start: int, stop: int, dtype: torch.dtype = torch.float32, *, unscaled: bool = False) -> Tensor:
+        """Return rows `start` (a multiple of 4) to `stop` (likewise, or the last) of W, [rows, in].
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            dtype: that they are rounded to.
+            unscaled: leave out the scales of 8-bit values, which are then exact in every dtype.
+        """
         assert start % ROWS == 0 and (stop % ROWS == 0 or stop == self.rows)
         W = torch.empty(stop - start, self.columns, dtype=dtype)
         kernels = library()
         assert kernels is not None
         _raise_for(
             kernels.secateur_unpack(
-                self._pointer, start, stop, W.data_ptr(), TYPES[dtype], torch.get_num_threads()
+                self._pointer, start, stop, W.data_ptr(), TYPES[dtype], unscaled, torch.get_num_threads()
             )
         )  # fmt: skip
         return W

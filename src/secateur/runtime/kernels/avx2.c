@@ -18,7 +18,7 @@ static inline float sum(vec v) {
 }
 
 /* Byte shuffles that put the next values where a mask's byte has bits, and zeros elsewhere. bf16 and int8 go to the top of
- * 32-bit lanes: a bf16 is the upper half of its float, and an int8 there is 2^24 times itself. */
+ * 32-bit lanes: a bf16 is the upper half of its float, and an int8 is shifted down with its sign. */
 static uint8_t to_bf16[256][32] __attribute__((aligned(64)));
 static uint8_t to_i8[256][32] __attribute__((aligned(64)));
 static uint8_t to_f16[256][16] __attribute__((aligned(64)));
@@ -57,7 +57,8 @@ static inline __m256 expand_f16(const uint8_t *p, size_t chunk) {
 }
 static inline __m256 expand_i8(const uint8_t *p, size_t chunk) {
     __m256i eight = _mm256_set1_epi64x((long long)load64(p));
-    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(eight, *(const __m256i *)((const uint8_t *)to_i8 + chunk)));
+    __m256i tops = _mm256_shuffle_epi8(eight, *(const __m256i *)((const uint8_t *)to_i8 + chunk));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(tops, 24));
 }
 static inline __m256 expand_f32(const uint8_t *p, size_t chunk) {
     __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const uint8_t *)to_f32 + chunk / 4)));
@@ -76,43 +77,65 @@ static inline __m256 read_i8(const uint8_t *p) {
 
 static inline void store_uint16_t(uint16_t *p, __m128i v) { _mm_storeu_si128((__m128i *)p, v); }
 
-#include "rows.h"
+/* How the values of a step of `nm` lie in vectors of 8, where each 4 of them belong to one row. */
+#define MOST 6 /* vectors: 4 rows of 12 values */
+typedef struct {
+    int per_row, bits; /* values of a row; 0 if they do not come in fours. Bits of an index */
+    __m256i starts[MOST]; /* the first place of each value's group */
+} Steps;
 
-/* nm, where a row has 4, 8 or 12 values in a step: inputs are picked from the 16, weights are never expanded. A step's
- * values fill vectors of 8; each 4 of them belong to one row. */
-#define MOST 6 /* vectors of a step: 4 rows of 12 values */
-
-/* The first place of each value's group in its step. */
-static inline void group_starts(const Matrix *w, int per_row, __m256i starts[MOST]) {
-    for (int i = 0; i < per_row / 2; i++) {
+static inline Steps steps_from(const Matrix *w) {
+    if (w->format != NM) return (Steps){0};
+    Steps steps = {.per_row = row_values(w), .bits = index_bits(w)};
+    if (steps.per_row % 4 || steps.per_row > 12) steps.per_row = 0;
+    for (int i = 0; i < steps.per_row / 2; i++) {
         int32_t lane[8];
-        for (int j = 0; j < 8; j++) lane[j] = (8 * i + j) % per_row / w->n * w->m;
-        starts[i] = _mm256_loadu_si256((const __m256i *)lane);
+        for (int j = 0; j < 8; j++) lane[j] = (8 * i + j) % steps.per_row / w->n * w->m;
+        steps.starts[i] = _mm256_loadu_si256((const __m256i *)lane);
     }
+    return steps;
 }
 
-static inline __m256i eight_indices(const uint8_t *p, int bits) {
+/* The places in a step of vector i's values. */
+static inline __m256i places(const Steps *steps, const uint8_t *index, int i, int bits) {
+    const uint8_t *p = index + i * bits;
     __m256i packed = _mm256_set1_epi32(bits == 4 ? (int)load32(p) : bits == 2 ? (int)load16(p) : (int)*p);
     __m256i shifts = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
-    return _mm256_and_si256(_mm256_srlv_epi32(packed, shifts), _mm256_set1_epi32((1 << bits) - 1));
+    __m256i indices = _mm256_and_si256(_mm256_srlv_epi32(packed, shifts), _mm256_set1_epi32((1 << bits) - 1));
+    return _mm256_add_epi32(indices, steps->starts[i]);
 }
 
+/* The places of each row's values in a step, as bits. */
+static inline int step_masks(const Steps *steps, const uint8_t *index, uint64_t masks[TILE]) {
+    memset(masks, 0, TILE * sizeof *masks);
+    for (int i = 0; i < steps->per_row / 2; i++) {
+        __m256i at = places(steps, index, i, steps->bits), bit = _mm256_sllv_epi32(_mm256_set1_epi32(1), at);
+        bit = _mm256_or_si256(bit, _mm256_shuffle_epi32(bit, 0x4e));
+        bit = _mm256_or_si256(bit, _mm256_shuffle_epi32(bit, 0xb1));
+        masks[8 * i / steps->per_row] |= (uint32_t)_mm256_cvtsi256_si32(bit);
+        masks[(8 * i + 4) / steps->per_row] |= (uint32_t)_mm256_extract_epi32(bit, 4);
+    }
+    return steps->per_row;
+}
+
+#include "rows.h"
+
+/* nm, where a row has 4, 8 or 12 values in a step: inputs are picked from the 16, weights are never expanded. */
 #define PICKED_ROWS(type, TYPE)                                                                                       \
     static inline __attribute__((always_inline)) void picked_##type(const Matrix *w, const float *x, float *y,         \
                                                                     int64_t begin, int64_t end, int per_row,          \
                                                                     int bits) {                                       \
         const int count = per_row / 2;                                                                                \
         int64_t steps = steps_of(w);                                                                                  \
-        __m256i starts[MOST];                                                                                         \
-        group_starts(w, per_row, starts);                                                                             \
+        Steps layout = steps_from(w);                                                                                 \
         for (int64_t tile = begin; tile < end; tile++) {                                                              \
-            Cursor at = start_of(w, tile);                                                                            \
+            Cursor at = start_of(w, tile, NULL);                                                                      \
             vec sums[MOST];                                                                                           \
             for (int i = 0; i < count; i++) sums[i] = zero();                                                         \
             for (int64_t s = 0; s < steps; s++, at.values += 8 * count * SIZE[TYPE], at.where += count * bits) {      \
                 vec low = load(x + s * STEP), high = load(x + s * STEP + 8);                                          \
                 _Pragma("GCC unroll 6") for (int i = 0; i < count; i++) {                                             \
-                    __m256i from = _mm256_add_epi32(eight_indices(at.where + i * bits, bits), starts[i]);             \
+                    __m256i from = places(&layout, at.where, i, bits);                                                \
                     vec xs = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, from),                                    \
                                               _mm256_permutevar8x32_ps(high, from),                                   \
                                               _mm256_castsi256_ps(_mm256_slli_epi32(from, 28)));                      \
@@ -178,7 +201,7 @@ static inline __attribute__((always_inline)) void picked8(const Matrix *w, const
         starts[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)lane));
     }
     for (int64_t tile = begin; tile < end; tile++) {
-        Cursor at = start_of(w, tile);
+        Cursor at = start_of(w, tile, NULL);
         vec sums[3] = {zero(), zero(), zero()};
         for (int64_t i = 0; i < slots / BLOCK; i++) {
             __m256i whole[3];
@@ -248,7 +271,6 @@ static const Kernels avx2 = {
     {{NULL}, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
     {NULL, unpack_bitmask_raw16, unpack_nm_raw16},
     {rows8_dense, NULL, rows8_nm},
-    1.0f / 16777216,
 };
 
 const Kernels *secateur_avx2(void) {

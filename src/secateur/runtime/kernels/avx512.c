@@ -18,25 +18,25 @@ static inline float sum(vec v) { return _mm512_reduce_add_ps(v); }
 
 static inline vec from_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 static inline vec from_i8(__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)); }
-static inline __m256i load256(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-static inline __m128i load128(const uint8_t *p) { return _mm_loadu_si128((const __m128i *)p); }
-
-/* Expanding straight from memory is slower than from a register. */
-static inline __m512i read_64(const uint8_t *p) {
-    __m512i v = _mm512_loadu_si512(p);
-    __asm__ volatile("" : "+v"(v));
-    return v;
-}
+/* Loaded apart: expanding straight from memory is several times slower than from a register. */
+#define LOADED(name, type, load)                                                                                      \
+    static inline type name(const uint8_t *p) {                                                                       \
+        type v = load;                                                                                                \
+        __asm__("" : "+v"(v));                                                                                        \
+        return v;                                                                                                     \
+    }
+LOADED(load512, __m512i, _mm512_loadu_si512(p))
+LOADED(load256, __m256i, _mm256_loadu_si256((const __m256i *)p))
+LOADED(load128, __m128i, _mm_loadu_si128((const __m128i *)p))
 
 static inline vec expand_f32(const uint8_t *p, size_t chunk) {
-    return _mm512_maskz_expand_ps((__mmask16)chunk, _mm512_loadu_ps((const float *)p));
+    return _mm512_castsi512_ps(_mm512_maskz_expand_epi32((__mmask16)chunk, load512(p)));
 }
-static inline vec expand_bf16(const uint8_t *p, size_t chunk) {
-    return from_bf16(_mm256_maskz_expand_epi16((__mmask16)chunk, load256(p)));
+static inline __m256i expand_raw16(const uint8_t *p, size_t chunk) {
+    return _mm256_maskz_expand_epi16((__mmask16)chunk, load256(p));
 }
-static inline vec expand_f16(const uint8_t *p, size_t chunk) {
-    return _mm512_cvtph_ps(_mm256_maskz_expand_epi16((__mmask16)chunk, load256(p)));
-}
+static inline vec expand_bf16(const uint8_t *p, size_t chunk) { return from_bf16(expand_raw16(p, chunk)); }
+static inline vec expand_f16(const uint8_t *p, size_t chunk) { return _mm512_cvtph_ps(expand_raw16(p, chunk)); }
 static inline vec expand_i8(const uint8_t *p, size_t chunk) {
     return from_i8(_mm_maskz_expand_epi8((__mmask16)chunk, load128(p)));
 }
@@ -46,10 +46,11 @@ static inline vec read_bf16(const uint8_t *p) { return from_bf16(load256(p)); }
 static inline vec read_f16(const uint8_t *p) { return _mm512_cvtph_ps(load256(p)); }
 static inline vec read_i8(const uint8_t *p) { return from_i8(load128(p)); }
 
-static inline __m256i expand_raw16(const uint8_t *p, size_t chunk) {
-    return _mm256_maskz_expand_epi16((__mmask16)chunk, load256(p));
-}
 static inline void store_uint16_t(uint16_t *p, __m256i v) { _mm256_storeu_si256((__m256i *)p, v); }
+
+typedef char Steps;
+static inline Steps steps_from(const Matrix *w) { return (void)w, 0; }
+static inline int step_masks(const Steps *s, const uint8_t *p, uint64_t m[TILE]) { return (void)s, (void)p, (void)m, 0; }
 
 #include "rows.h"
 
@@ -63,7 +64,7 @@ static inline void store_uint16_t(uint16_t *p, __m256i v) { _mm256_storeu_si256(
         }                                                                                                             \
         int64_t blocks = blocks_of(w);                                                                                \
         for (int64_t tile = begin; tile < end; tile++) {                                                              \
-            Cursor at = start_of(w, tile);                                                                            \
+            Cursor at = start_of(w, tile, NULL);                                                                      \
             vec sums[1][TILE] = {{zero(), zero(), zero(), zero()}}, more[TILE] = {zero(), zero(), zero(), zero()};     \
             for (int64_t i = 0; i < blocks; i++, at.where += TILE * BLOCK / 8) {                                      \
                 uint64_t mask[TILE];                                                                                  \
@@ -91,11 +92,11 @@ static inline void store_uint16_t(uint16_t *p, __m256i v) { _mm256_storeu_si256(
 
 /* A pair of bf16 is two floats but for a shift and a mask, so even and odd inputs are wanted apart. */
 #define ADD_BF16(chunk, v, s, t)                                                                                      \
-    __m512i pairs = _mm512_maskz_expand_epi16(chunk, read_64(v));                                          \
+    __m512i pairs = _mm512_maskz_expand_epi16(chunk, load512(v));                                          \
     s = madd(_mm512_permutex2var_ps(x0, even, x1), _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), s);             \
     t = madd(_mm512_permutex2var_ps(x0, odd, x1), _mm512_castsi512_ps(_mm512_and_si512(pairs, high)), t)
 #define ADD_F16(chunk, v, s, t)                                                                                       \
-    __m512i halves = _mm512_maskz_expand_epi16(chunk, read_64(v));                                         \
+    __m512i halves = _mm512_maskz_expand_epi16(chunk, load512(v));                                         \
     s = madd(x0, _mm512_cvtph_ps(_mm512_castsi512_si256(halves)), s);                                                 \
     t = madd(x1, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), t)
 #define ADD_I8(chunk, v, s, t)                                                                                        \
@@ -123,10 +124,11 @@ const Kernels *secateur_avx512(void) {
         {{NULL}, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
         {NULL, unpack_bitmask_raw16, unpack_nm_raw16},
         {NULL},
-        1,
     };
     /* What is picked rather than expanded is bound by memory with AVX2 already. */
     memcpy(avx512.rows[NM], narrower->rows[NM], sizeof avx512.rows[NM]);
+    memcpy(avx512.unpack[NM], narrower->unpack[NM], sizeof avx512.unpack[NM]);
+    avx512.unpack16[NM] = narrower->unpack16[NM];
     memcpy(avx512.rows8, narrower->rows8, sizeof avx512.rows8);
     return &avx512;
 }

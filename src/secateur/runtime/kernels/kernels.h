@@ -48,8 +48,7 @@ typedef struct {
     Rows rows[FORMATS][TYPES];
     Unpack unpack[FORMATS][TYPES]; /* not of dense */
     Unpack unpack16[FORMATS];      /* values of 16 bits as they are */
-    Rows8 rows8[FORMATS];  /* may be NULL */
-    float bitmask_i8_unit; /* to multiply what comes of 8-bit values of `bitmask` with */
+    Rows8 rows8[FORMATS]; /* may be NULL */
 } Kernels;
 
 const Kernels *secateur_portable(void);

@@ -98,13 +98,9 @@ typedef struct {
     int out_type;
     const float *bias;
     int64_t first, end, tiles_of_chunk; /* in tiles */
+    int unscaled;
     volatile int failed;
 } Job;
-
-static float unit(const Matrix *w, int64_t row) { /* of 8-bit values */
-    if (w->type != I8) return 1;
-    return w->scale[row] * (w->format == BITMASK ? kernels->bitmask_i8_unit : 1);
-}
 
 static int safe(const Matrix *w, int64_t tile) { /* OVERREAD bytes follow it */
     int64_t after = tiles_of(w) - tile - 1;
@@ -153,7 +149,7 @@ static void linear_chunk(void *context, int64_t chunk) {
     int64_t last = end * TILE < w->rows ? end * TILE : w->rows, first = begin * TILE;
     for (int b = 0; b < job->batch; b++) {
         float *sums = job->sums + b * job->ldy;
-        for (int64_t row = first; w->type == I8 && row < last; row++) sums[row] *= unit(w, row);
+        for (int64_t row = first; w->type == I8 && row < last; row++) sums[row] *= w->scale[row];
         for (int64_t row = first; job->bias && row < last; row++) sums[row] += job->bias[row];
         write_values(job->out + (b * w->rows + first) * SIZE[job->out_type], job->out_type, sums + first, last - first);
     }
@@ -204,32 +200,35 @@ static void unpack_chunk(void *context, int64_t chunk) {
     Job *job = context;
     const Matrix *w = job->w;
     int64_t begin = job->first + chunk * job->tiles_of_chunk, end = begin + job->tiles_of_chunk;
-    float *rows = malloc((size_t)(TILE * w->columns + !w->columns) * sizeof(float));
-    int as_held = SIZE[w->type] == 2 && job->out_type == w->type;
-    Unpack unpack = as_held ? kernels->unpack16[w->format] : kernels->unpack[w->format][w->type];
+    int64_t columns = w->columns, size = SIZE[job->out_type];
+    int scaled = w->type == I8 && !job->unscaled;
+    int raw16 = SIZE[w->type] == 2 && job->out_type == w->type, direct = raw16 || (job->out_type == F32 && !scaled);
+    Unpack unpack = raw16 ? kernels->unpack16[w->format] : kernels->unpack[w->format][w->type];
+    float *rows = malloc((size_t)(TILE * columns + !columns) * sizeof(float));
     for (int64_t tile = begin; rows && tile < end && tile < job->end; tile++) {
-        Matrix alone = *w;
+        Matrix alone;
         int64_t offsets[2], count = w->rows - tile * TILE < TILE ? w->rows - tile * TILE : TILE;
-        uint8_t *copy = NULL, *out = job->out + (tile - job->first) * TILE * w->columns * SIZE[job->out_type];
-        void *to = as_held ? (void *)out : rows;
-        if (safe(w, tile)) unpack(w, to, tile, tile + 1);
-        else if ((copy = with_room(w, tile, &alone, offsets))) unpack(&alone, to, 0, 1);
+        uint8_t *copy = NULL, *out = job->out + (tile - job->first) * TILE * columns * size;
+        if (safe(w, tile)) unpack(w, direct ? (void *)out : rows, tile, tile + 1);
+        else if ((copy = with_room(w, tile, &alone, offsets))) unpack(&alone, direct ? (void *)out : rows, 0, 1);
         else job->failed = 1;
-        for (int64_t r = 0; r < count && !as_held && !job->failed; r++) {
-            float *row = rows + r * w->columns, scale = unit(w, tile * TILE + r);
-            for (int64_t k = 0; w->type == I8 && k < w->columns; k++) row[k] *= scale;
-            write_values(out + r * w->columns * SIZE[job->out_type], job->out_type, row, w->columns);
-        }
         free(copy);
+        if (direct || job->failed) continue;
+        for (int64_t r = 0; scaled && r < count; r++)
+            for (int64_t k = 0; k < columns; k++) rows[r * columns + k] *= w->scale[tile * TILE + r];
+        write_values(out, job->out_type, rows, count * columns);
     }
     if (!rows) job->failed = 1;
     free(rows);
 }
 
-/* Rows of W from `first`, a multiple of 4, to `end`, another or the last, as contiguous floats of the type given. */
-EXPORT int secateur_unpack(const Matrix *w, int64_t first, int64_t end, uint8_t *out, int out_type, int threads) {
+/* Rows of W from `first`, a multiple of 4, to `end`, another or the last, as contiguous floats of the type given;
+ * `unscaled`: without the scales of 8-bit values. */
+EXPORT int secateur_unpack(const Matrix *w, int64_t first, int64_t end, uint8_t *out, int out_type, int unscaled,
+                           int threads) {
     if (w->format == DENSE) return NO_SUCH_KERNEL;
-    Job job = {.w = w, .out = out, .out_type = out_type, .first = first / TILE, .end = ceil_div(end, TILE)};
+    Job job = {.w = w, .out = out, .out_type = out_type, .first = first / TILE, .end = ceil_div(end, TILE),
+               .unscaled = unscaled};
     share(unpack_chunk, &job, threads, CHUNK_BYTES);
     return job.failed ? NO_MEMORY : DONE;
 }

@@ -3,7 +3,8 @@
  * The including file defines, for vectors of LANES floats: `vec`, zero(), load(p), madd(a, b, c) = a * b + c,
  * store_float(p, v), sum(v); read_f32 (and bf16, f16, i8) to widen LANES values; and to expand those chosen by LANES bits of a mask to where
  * the bits are: CHUNK(mask, s), a number made of bits s * LANES onwards, COUNT(chunk), and expand_f32 (and bf16, …)
- * (p, chunk), and expand_raw16 and store_uint16_t for values of 16 bits as they are. Reads may go OVERREAD bytes beyond a tile's data. */
+ * (p, chunk), and expand_raw16 and store_uint16_t for values of 16 bits as they are; and for `nm` Steps, steps_from(w), step_masks. Reads
+ * may go OVERREAD bytes beyond a tile's data. */
 
 /* gcc spills pointers and reads x again from memory unless it is told that they change. */
 #define KEEP_IN_REGISTERS(a, b, c, d) __asm__ volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d))
@@ -60,8 +61,9 @@ static inline void write_block(const Matrix *w, const void *block, int size, uin
     static void batch_##format##_##type(const Matrix *w, const float *x, int64_t slots, int batch, float *y,           \
                                         int64_t ldy, int64_t begin, int64_t end) {                                     \
         int64_t blocks = blocks_of(w);                                                                                \
+        Steps steps = steps_from(w);                                                                                  \
         for (int64_t tile = begin; tile < end; tile++) {                                                              \
-            Cursor at = start_of(w, tile);                                                                            \
+            Cursor at = start_of(w, tile, &steps);                                                                    \
             vec sums[MAX_BATCH][TILE];                                                                                \
             clear(sums, batch);                                                                                       \
             for (int64_t i = 0; i < blocks; i++) {                                                                    \
@@ -77,8 +79,9 @@ static inline void write_block(const Matrix *w, const void *block, int size, uin
 #define UNPACK(format, type, element)                                                                                 \
     static void unpack_##format##_##type(const Matrix *w, void *out, int64_t begin, int64_t end) {                     \
         int64_t blocks = blocks_of(w), size = sizeof(element);                                                        \
+        Steps steps = steps_from(w);                                                                                  \
         for (int64_t tile = begin; tile < end; tile++) {                                                              \
-            Cursor at = start_of(w, tile);                                                                            \
+            Cursor at = start_of(w, tile, &steps);                                                                    \
             int64_t rows = w->rows - tile * TILE < TILE ? w->rows - tile * TILE : TILE;                               \
             for (int64_t i = 0; i < blocks; i++) {                                                                    \
                 element block[TILE][BLOCK];                                                                           \
@@ -90,10 +93,11 @@ static inline void write_block(const Matrix *w, const void *block, int size, uin
 
 typedef struct {
     const uint8_t *values, *where;
+    const Steps *steps;
 } Cursor;
 
-static inline Cursor start_of(const Matrix *w, int64_t tile) {
-    return (Cursor){w->values + w->offsets[tile] * SIZE[w->type], w->where + tile * where_bytes(w)};
+static inline Cursor start_of(const Matrix *w, int64_t tile, const Steps *steps) {
+    return (Cursor){w->values + w->offsets[tile] * SIZE[w->type], w->where + tile * where_bytes(w), steps};
 }
 
 /* bitmask: four rows at a time, from four places of one stream of values. */
@@ -121,7 +125,7 @@ static inline Cursor start_of(const Matrix *w, int64_t tile) {
         }                                                                                                             \
         int64_t blocks = blocks_of(w);                                                                                \
         for (int64_t tile = begin; tile < end; tile++) {                                                              \
-            Cursor at = start_of(w, tile);                                                                            \
+            Cursor at = start_of(w, tile, NULL);                                                                      \
             const uint8_t *v = at.values;                                                                             \
             vec s0 = zero(), s1 = s0, s2 = s0, s3 = s0;                                                               \
             for (int64_t i = 0; i < blocks; i++, at.where += TILE * BLOCK / 8) {                                      \
@@ -146,19 +150,30 @@ static inline Cursor start_of(const Matrix *w, int64_t tile) {
         }                                                                                                             \
     }
 
-/* nm, any pattern: place by place. */
+/* nm: where step_masks can tell the places of each row of a step, values are expanded as those of a bitmask; else
+ * place by place. */
 #define DECODE_NM(type, TYPE, element, value)                                                                         \
     static inline void decode_nm_##type(const Matrix *w, Cursor *at, int64_t i, element block[TILE][BLOCK]) {          \
-        int bits = index_bits(w), groups = step_groups(w), bit = 0;                                                   \
+        int bits = index_bits(w), groups = step_groups(w), step_bytes = TILE * row_values(w) * bits / 8;              \
         int64_t left = steps_of(w) - i * (BLOCK / STEP);                                                              \
         memset(block, 0, sizeof(element) * TILE * BLOCK);                                                             \
-        for (int s = 0; s < BLOCK / STEP && s < left; s++)                                                            \
-            for (int r = 0; r < TILE; r++)                                                                            \
+        for (int s = 0; s < BLOCK / STEP && s < left; s++, at->where += step_bytes) {                                 \
+            uint64_t masks[TILE];                                                                                     \
+            if (step_masks(at->steps, at->where, masks)) {                                                            \
+                for (int r = 0; r < TILE; r++)                                                                        \
+                    _Pragma("GCC unroll 4") for (int j = 0; j < STEP / LANES; j++) {                                  \
+                        size_t chunk = CHUNK(masks[r], j);                                                            \
+                        store_##element(block[r] + s * STEP + j * LANES, expand_##type(at->values, chunk));           \
+                        at->values += COUNT(chunk) * SIZE[TYPE];                                                      \
+                    }                                                                                                 \
+                continue;                                                                                             \
+            }                                                                                                         \
+            for (int r = 0, bit = 0; r < TILE; r++)                                                                   \
                 for (int g = 0; g < groups; g++)                                                                      \
                     for (int k = 0; k < w->n; k++, bit += bits, at->values += SIZE[TYPE])                             \
                         block[r][s * STEP + g * w->m + (at->where[bit >> 3] >> (bit & 7) & ((1 << bits) - 1))] =      \
                             value;                                                                                    \
-        at->where += bit / 8;                                                                                         \
+        }                                                                                                             \
     }
 
 #define NM_KERNELS(type, TYPE)                                                                                        \
