@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..models.formats import VALUES, Packing, pack
+from ..models.formats import MAX_M, VALUES, Packing, pack
 from . import kernels
 from .kernels import KernelMatrix
 from .linear import KernelLinear, PackedLinear, UnpackedLinear
@@ -32,8 +32,8 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
         model: its packed layers are exchanged in place.
         prefer: ``speed`` keeps a matrix packed only where a kernel computes one row of inputs from packed weights
             faster than torch from dense ones (or 10 % slower at most), both measured here; ``memory`` keeps all
-            packed. None is what the environment's SECATEUR_PREFER says, else ``speed``. Dense layers (the output head) take our kernel
-            where that is faster, which costs no memory.
+            packed. None is what the environment's SECATEUR_PREFER says, else ``speed``. Dense layers (the output
+            head) take our kernel where that is faster, which costs no memory.
         activations: ``int8`` rounds the inputs of matrices in an N:M pattern with 8-bit values to 8 bits too, one
             scale for each 64 of them, for up to 8 rows of inputs at a time: a relative error of about 1 % in each
             product. None keeps them as they are.
@@ -60,7 +60,7 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
     fitting = [m for m in model.modules() if isinstance(m, PackedLinear) and _takes_8_bit_activations(m.packing)]
     if activations and not fitting:
         raise OptionError(
-            "activations int8: no matrix of this model can; it takes kernels, and pack --format nm --values int8"
+            "activations int8: no matrix of this model can; it takes kernels, --format nm --values int8, and 2:4, 8:16 or alike"
         )
     for module in fitting:
         module.activations = activations
@@ -72,7 +72,7 @@ def arrangement(model: nn.Module) -> dict[str, Any]:
     found = list(model.modules())
     packed = [module for module in found if isinstance(module, PackedLinear)]
     return {
-        "kernels": kernels.use() if kernels.library() else None,
+        "kernels": kernels.in_use(),
         "packed": len(packed),
         "unpacked": sum(isinstance(module, UnpackedLinear) for module in found),
         "dense_kernel": sum(isinstance(module, KernelLinear) for module in found),
@@ -109,7 +109,7 @@ def measured(kernel: KernelMatrix, packing: Packing | None, dtype: torch.dtype) 
     """
     shape = (kernel.rows, kernel.columns)
     kind = packing and (packing.format, packing.n, packing.m, round(20 * packing.count / (shape[0] * shape[1])))
-    key = (shape, kind, kernel.values.dtype, dtype, torch.get_num_threads(), kernels.use())
+    key = (shape, kind, kernel.values.dtype, dtype, torch.get_num_threads(), kernels.in_use())
     if key not in _measured:
         x, dense = torch.ones(1, shape[1], dtype=dtype), torch.ones(shape, dtype=dtype)
         with torch.inference_mode():
@@ -131,7 +131,10 @@ def _in_turn(*functions: Callable[[], Tensor]) -> list[float]:
 
 
 def _takes_8_bit_activations(packing: Packing) -> bool:
-    return packing.format == "nm" and packing.values == "int8" and kernels.library() is not None
+    """Whether there is a fast kernel for it: for 4, 8 or 12 values in 16 columns."""
+    if packing.n is None or packing.m is None or packing.values != "int8" or kernels.library() is None:
+        return False
+    return packing.m > 2 and MAX_M // packing.m * packing.n in (4, 8, 12)
 
 
 def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -55,6 +55,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     found.secateur_use.restype, found.secateur_use.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
+    found.secateur_used.restype = ctypes.c_char_p
     found.secateur_linear.argtypes = [pointer, pointer, int32, int64, pointer, int32, pointer, int32, int32]
     found.secateur_unpack.argtypes = [pointer, int64, int64, pointer, int32, int32, int32]
     found.secateur_use(None)
@@ -82,6 +83,12 @@ def native_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself; elsewhere float32 is the faster to multiply."""
     kernels = library()
     return kernels is not None and bool(kernels.secateur_native_bfloat16())
+
+
+def in_use() -> str | None:
+    """Name of the kernels in use, or None if there are none."""
+    kernels = library()
+    return None if kernels is None else kernels.secateur_used().decode()  # type: ignore[no-any-return]
 
 
 class KernelMatrix:

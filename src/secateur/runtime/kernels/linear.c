@@ -39,6 +39,8 @@ static uint16_t float_to_half(float f) {
     return (uint16_t)(sign | (u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13);
 }
 
+EXPORT const char *secateur_used(void) { return kernels->name; }
+
 /* Whether the processor has instructions for products of bfloat16. */
 EXPORT int secateur_native_bfloat16(void) {
 #if defined(__x86_64__)
