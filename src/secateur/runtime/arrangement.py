@@ -60,7 +60,7 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
     fitting = [m for m in model.modules() if isinstance(m, PackedLinear) and _takes_8_bit_activations(m.packing)]
     if activations and not fitting:
         raise OptionError(
-            "activations int8: none of its matrices can; it takes kernels, and 2:4, 8:16 or alike packed as nm with values int8"
+            "activations int8: none of its matrices can; it takes kernels, and 2:4, 8:16 or alike with values int8"
         )
     for module in fitting:
         module.activations = activations

@@ -88,7 +88,7 @@ def native_bfloat16() -> bool:
 def in_use() -> str | None:
     """Name of the kernels in use, or None if there are none."""
     kernels = library()
-    return None if kernels is None else kernels.secateur_used().decode()  # type: ignore[no-any-return]
+    return None if kernels is None else kernels.secateur_used().decode()
 
 
 class KernelMatrix:
