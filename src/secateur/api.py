@@ -331,6 +331,7 @@ def bench(
     """
     threads = torch.get_num_threads() if threads is None else threads
     measurement = Measurement(tuple(batch), prompt, tokens, rounds, threads, prefer, activations)
+    measurement.check()  # before a model is downloaded or made of a GGUF file
     names = [str(name) for name in (model, against) if name is not None]
     with tempfile.TemporaryDirectory() as scratch:
         places = [

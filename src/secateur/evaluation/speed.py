@@ -21,6 +21,7 @@ from ..models.source import open_checkpoint
 from ..pipeline.calibration import context_length
 from ..pipeline.machine import free_memory_bytes, processor, software
 from ..progress import Progress
+from ..runtime.arrangement import PREFERENCES
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Measurement:
                 raise OptionError(f"{name} {value}: must be at least 1")
         if self.tokens < 2:
             raise OptionError(f"tokens {self.tokens}: must be at least 2, one to end the prefill and one to decode")
+        if self.prefer not in (None, *PREFERENCES):
+            raise OptionError(f"prefer {self.prefer!r}: use {' or '.join(PREFERENCES)}")
+        if self.activations not in (None, "int8"):
+            raise OptionError(f"activations {self.activations!r}: use int8, or leave it out")
         if not self.batches or min(self.batches) < 1:
             raise OptionError("batch: give whole numbers of at least 1, such as 1,8")
 
@@ -73,14 +78,12 @@ def measure_speed(
     """
     measurement.check()
     with ExitStack() as stack:
-        found = []
-        for name, directory in models:
-            runs = _runs_of(name, directory, measurement, trust_remote_code)
+        found = [_runs_of(name, directory, measurement, trust_remote_code) for name, directory in models]
+        for runs in found:
             for run in runs:
                 run.start(stack)
             if all(run.error for run in runs):
-                raise ModelError(f"{name}: cannot be timed ({runs[0].error})")
-            found.append(runs)
+                raise ModelError(f"{runs[0].name}: cannot be timed ({runs[0].error})")
         alive = [run for runs in found for run in runs if run.error is None]
         rounds = measurement.rounds + 1
         progress.start("timing", rounds * len(alive) * len(measurement.batches))
@@ -101,6 +104,10 @@ def measure_speed(
     }
 
 
+# With our own path: `python -m` would look for modules in the working directory first, which may be a model's.
+WORKER = "import sys; sys.path[:] = sys.argv[2:]; from secateur.evaluation.speed_worker import main; main()"
+
+
 class _Run:
     """A model in one dtype, and the process that holds it."""
 
@@ -117,7 +124,7 @@ class _Run:
             self.error = f"takes about {self.needs / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
             return
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "secateur.evaluation.speed_worker", json.dumps(self.options)],
+            [sys.executable, "-c", WORKER, json.dumps(self.options), *sys.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         stack.callback(self._stop)
@@ -141,7 +148,10 @@ class _Run:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "its process was killed; out of memory?"}
+        try:
+            answer: dict[str, Any] = json.loads(line) if line else {"error": "its process was killed; out of memory?"}
+        except ValueError:
+            answer = {"error": f"its process answered {line.strip()[:80]!r}"}
         self.error = answer.get("error")
         return answer
 
@@ -180,7 +190,9 @@ def _summary(runs: Sequence[_Run], measurement: Measurement) -> dict[str, Any]:
     timed = [run for run in runs if run.seconds]
     if not timed:
         raise ModelError(f"{runs[0].name}: cannot be timed ({runs[0].error})")
-    best = min(timed, key=lambda run: statistics.median(run.seconds[min(run.seconds)]["decode"]))
+    best = min(  # one that died half-way only if all did
+        timed, key=lambda run: (run.error is not None, statistics.median(run.seconds[min(run.seconds)]["decode"]))
+    )
     speeds = {run.options["dtype"]: _speeds(run, measurement) for run in timed}
     return {
         "name": best.name,

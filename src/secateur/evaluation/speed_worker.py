@@ -6,6 +6,7 @@ A process of its own, so that resident memory is the model's, and so that none r
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from itertools import pairwise
@@ -16,8 +17,9 @@ from typing import Any
 def main() -> None:
     """Load the model named in JSON on the command line, answer with its memory, then with seconds for every request."""
     options = json.loads(sys.argv[1])
-    answer = sys.stdout
-    sys.stdout = sys.stderr  # whatever a model's code prints is no answer
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a model's code and its libraries print is no answer
+    sys.stdout = sys.stderr
     try:
         model, loaded = _load(options)
         print(json.dumps(loaded), file=answer, flush=True)

@@ -218,7 +218,7 @@ def row_offsets(packing: Packing, parts: Parts) -> Tensor:
     """Where the values of each 4 rows begin, [row tiles + 1], for unpacking a few rows at a time."""
     down = _tiles(packing.shape[0], ROWS)
     if packing.n is not None and packing.m is not None:
-        return torch.arange(down + 1) * (packing.count // down)
+        return torch.arange(down + 1, device="cpu") * (packing.count // down)
     per_row = _popcount(parts[MASK]).view(down, -1).sum(1).cpu()
     return torch.cat([per_row.new_zeros(1), per_row.cumsum(0)])
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -55,7 +56,7 @@ def packing_table(report: Mapping[str, Any]) -> Table:
     """What packing or unpacking did to a checkpoint's bytes."""
     plan, sizes = report["plan"], report["bytes"]
     values = f", values {plan['values']} (rounded)" if plan.get("values") else ""
-    table = Table(title=f"{plan['model']['name']}: {plan['command']} {plan.get('format', '')}{values}".rstrip())
+    table = Table(title=f"{escape(plan['model']['name'])}: {plan['command']} {plan.get('format', '')}{values}".rstrip())
     for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "left")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     ratio = sizes["output"] / sizes["source"]
@@ -71,7 +72,8 @@ def packing_table(report: Mapping[str, Any]) -> Table:
 def prune_table(report: Mapping[str, Any]) -> Table:
     """What a run did, what it cost, and what it gained."""
     plan = report["plan"]
-    table = Table(title=f"{plan['model']['name']}: {plan['method']}, {plan['pattern']}, {plan['sparsity']:.0%} removed")
+    name = escape(plan["model"]["name"])
+    table = Table(title=f"{name}: {plan['method']}, {plan['pattern']}, {plan['sparsity']:.0%} removed")
     for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "left")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     if evaluation := report.get("evaluation"):
@@ -111,7 +113,7 @@ def prune_table(report: Mapping[str, Any]) -> Table:
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """What a run would do, and about what it would take."""
     guess = plan["estimate"]
-    table = Table(title=f"{plan['model']['name']}: nothing is written (dry run)", show_header=False)
+    table = Table(title=f"{escape(plan['model']['name'])}: nothing is written (dry run)", show_header=False)
     calibration = plan["calibration"]
     tokens = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none needed"
     for what, value in (
@@ -131,7 +133,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
 
 def evaluation_table(model: str, evaluation: Mapping[str, Any]) -> Table:
     """One perplexity, and on what it was measured."""
-    table = Table(title=model)
+    table = Table(title=escape(model))
     for heading in ("text", "window", "windows", "tokens", "of the text's", "perplexity"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
     table.add_row(
@@ -147,7 +149,7 @@ def evaluation_table(model: str, evaluation: Mapping[str, Any]) -> Table:
 
 def inspection_table(model: str, found: Mapping[str, Any]) -> Table:
     """One row per kind of matrix, over all blocks, and the total."""
-    table = Table(title=f"{model}: {found['model_type']}, {found['blocks']} blocks")
+    table = Table(title=f"{escape(model)}: {found['model_type']}, {found['blocks']} blocks")
     packed = any(row["format"] != "dense" for row in found["matrices"])
     runs = ["runs here"] if packed else []
     for heading in ("matrix", "shape", "blocks", "sparsity", "pattern", "format", *runs, "bytes"):
@@ -179,10 +181,10 @@ def inspection_table(model: str, found: Mapping[str, Any]) -> Table:
 def speed_table(found: Mapping[str, Any]) -> Table:
     """Size, memory and speed of one model, or of two side by side with their ratio, and on what they were measured."""
     models = found["models"]
-    table = Table(title=models[0]["name"], caption=_conditions(found), caption_justify="left")
+    table = Table(title=escape(models[0]["name"]), caption=escape(_conditions(found)), caption_justify="left")
     table.add_column("")
     for model in models:
-        table.add_column(f"{model['name']} ({model['dtype']})", justify="right")
+        table.add_column(f"{escape(model['name'])} ({model['dtype']})", justify="right")
     if len(models) == 2:
         table.add_column("ratio", justify="right")
 
@@ -192,7 +194,7 @@ def speed_table(found: Mapping[str, Any]) -> Table:
 
     for what, key in (("bytes on disk", "bytes"), ("resident memory", "resident_bytes")):
         row(what, [size(model[key]) for model in models], [model[key] for model in models])
-    for batch in [speed["batch"] for speed in models[0]["speeds"]]:
+    for batch in dict.fromkeys(speed["batch"] for model in models for speed in model["speeds"]):
         for what in ("prefill", "decode"):
             speeds = [next((s[what] for s in m["speeds"] if s["batch"] == batch), None) for m in models]
             medians = [speed and speed["median"] for speed in speeds]

@@ -44,19 +44,26 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
     Raises:
         OptionError: an option that does not exist, or no matrix can run with 8-bit activations.
     """
+    of = "prefer" if prefer else VARIABLE
     prefer = prefer or os.environ.get(VARIABLE) or "speed"
     if prefer not in PREFERENCES:
-        raise OptionError(f"prefer {prefer!r}: use {' or '.join(PREFERENCES)}")
+        raise OptionError(f"{of} {prefer!r}: use {' or '.join(PREFERENCES)}")
     if activations not in (None, "int8"):
         raise OptionError(f"activations {activations!r}: use int8, or leave it out")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, UnpackedLinear) and prefer == "memory":
-            _exchange(model, name, _packed_again(module))
+    exchanged: dict[nn.Module, nn.Module] = {}  # a layer may stand in several places
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not name:
+            continue  # there is nothing to exchange it in
+        if module in exchanged:
+            _exchange(model, name, exchanged[module])
+        elif isinstance(module, UnpackedLinear) and prefer == "memory":
+            exchanged[module] = _exchange(model, name, _packed_again(module))
         elif isinstance(module, PackedLinear) and prefer == "speed" and module.weight.is_cpu:  # a GPU wants memory
             if not packed_is_faster(module.packing, module.kernel()):
-                _exchange(model, name, _unpacked(module))
+                exchanged[module] = _exchange(model, name, _unpacked(module))
         elif type(module) in (nn.Linear, KernelLinear):
             module.__class__ = KernelLinear if _our_dense_is_faster(module) else nn.Linear
+            module.__dict__.pop("_kernel", None)  # which cannot be copied
     fitting = [m for m in model.modules() if isinstance(m, PackedLinear) and _takes_8_bit_activations(m.packing)]
     if activations and not fitting:
         raise OptionError(
@@ -111,7 +118,8 @@ def measured(kernel: KernelMatrix, packing: Packing | None, dtype: torch.dtype) 
     kind = packing and (packing.format, packing.n, packing.m, round(20 * packing.count / (shape[0] * shape[1])))
     key = (shape, kind, kernel.values.dtype, dtype, torch.get_num_threads(), kernels.in_use())
     if key not in _measured:
-        x, dense = torch.ones(1, shape[1], dtype=dtype), torch.ones(shape, dtype=dtype)
+        x = torch.ones(1, shape[1], dtype=dtype, device="cpu")
+        dense = torch.ones(shape, dtype=dtype, device="cpu")
         with torch.inference_mode():
             ours, theirs = _in_turn(lambda: kernel.linear(x), lambda: nn.functional.linear(x, dense))
         _measured[key] = {"rows": shape[0], "columns": shape[1], "kernel": ours, "torch": theirs}
@@ -120,7 +128,7 @@ def measured(kernel: KernelMatrix, packing: Packing | None, dtype: torch.dtype) 
 
 def _in_turn(*functions: Callable[[], Tensor]) -> list[float]:
     seconds: list[list[float]] = [[] for _ in functions]
-    other = torch.ones(EVICTED_BYTES // 4)
+    other = torch.ones(EVICTED_BYTES // 4, device="cpu")
     for _ in range(MEASUREMENTS + 1):
         for function, taken in zip(functions, seconds, strict=True):
             other.sum()
@@ -137,9 +145,10 @@ def _takes_8_bit_activations(packing: Packing) -> bool:
     return packing.m > 2 and MAX_M // packing.m * packing.n in (4, 8, 12)
 
 
-def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+    return module
 
 
 def _unpacked(module: PackedLinear) -> UnpackedLinear:

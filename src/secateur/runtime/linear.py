@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..models.formats import ROWS, SCALE, VALUES, Packing, checksum, row_offsets, unpack_rows
 from . import kernels
@@ -23,6 +24,16 @@ MOST_ROWS = 8  # of inputs for which weights are read as they are packed; beyond
 def few_rows(x: Tensor, columns: int) -> bool:
     """Whether kernels may compute this product, and faster than a matrix product would."""
     return x.is_cpu and x.dtype in kernels.FLOATS and x.numel() <= MOST_ROWS * columns and x.shape[-1] == columns
+
+
+def watched() -> bool:
+    """Whether torch records or fakes operations here, which must see each of ours, and has tensors without memory."""
+    return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward derivatives are at work, which kernels would not pass on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class PackedLinear(nn.Module):
@@ -55,6 +66,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self._kernel: KernelMatrix | None = None
         self._offsets: Tensor | None = None
+        self._offsets_of: list[tuple[Any, ...]] = []
         self._number = _known(self)
 
     @property
@@ -74,12 +86,14 @@ class PackedLinear(nn.Module):
     def kernel(self) -> KernelMatrix | None:
         """The matrix as the kernels see it; None where there are none, or not for where it is."""
         parts = self.parts
-        if self._kernel is None or not self._kernel.holds(parts):
+        kernel = self._kernel  # another thread may be at the same
+        if kernel is None or not kernel.holds(parts):
             usable = all(part.is_cpu for part in parts.values()) and parts[VALUES].dtype in kernels.TYPES
-            self._kernel = None
+            kernel = None
             if usable and kernels.library() is not None:
-                self._kernel = KernelMatrix(self.packing.format, self.packing.shape, parts, self.packing)
-        return self._kernel
+                kernel = KernelMatrix(self.packing.format, self.packing.shape, parts, self.packing)
+            self._kernel = kernel
+        return kernel
 
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32, *, unscaled: bool = False) -> Tensor:
         """Return rows of W, [rows, in]; `start` is a multiple of 4, and so is `stop` unless it is the last.
@@ -88,13 +102,15 @@ class PackedLinear(nn.Module):
         """
         if (kernel := self.kernel()) is not None and dtype in kernels.FLOATS:
             return kernel.unpack(start, stop, dtype, unscaled=unscaled)
-        if self._offsets is None:
-            self._offsets = row_offsets(self.packing, self.parts)
-        return unpack_rows(self.packing, self.parts, self._offsets, start, stop).to(dtype)
+        parts = self.parts
+        now = kernels.seen(parts)
+        if self._offsets is None or self._offsets_of != now:
+            self._offsets, self._offsets_of = row_offsets(self.packing, parts), now
+        return unpack_rows(self.packing, parts, self._offsets, start, stop).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b, [..., out], in x's dtype."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or watched():
             found: Tensor = _packed_linear(x, self._number, self.out_features)
             return found
         if few_rows(x, self.in_features) and not self._wants_gradients(x) and (kernel := self.kernel()) is not None:
@@ -103,6 +119,8 @@ class PackedLinear(nn.Module):
 
     def _wants_gradients(self, x: Tensor) -> bool:
         bias = self._parameters["bias"]
+        if transformed():
+            return True
         return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
     def _by_tiles(self, x: Tensor) -> Tensor:
@@ -185,7 +203,8 @@ class KernelLinear(nn.Linear):
     def kernel(self) -> KernelMatrix:
         """The matrix as the kernels see it."""
         if self._kernel is None or not self._kernel.holds({VALUES: self.weight}):
-            self._kernel = KernelMatrix("dense", (self.out_features, self.in_features), {VALUES: self.weight}, None)
+            rows, columns = self.weight.shape
+            self._kernel = KernelMatrix("dense", (rows, columns), {VALUES: self.weight}, None)
         return self._kernel
 
     def forward(self, input: Tensor) -> Tensor:
@@ -193,12 +212,20 @@ class KernelLinear(nn.Linear):
         if (
             not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
-            and few_rows(input, self.in_features)
+            and not (watched() or transformed() or torch.is_autocast_enabled("cpu"))
+            and type(self.weight) in (Tensor, nn.Parameter)  # another may have no memory of its own
+            and few_rows(input, self.weight.shape[1])
             and input.dtype == self.weight.dtype
             and self.weight.is_cpu
+            and kernels.library() is not None  # a pickled layer may come from another machine
         ):
             return self.kernel().linear(input, self.bias)
         return super().forward(input)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> KernelLinear:
+        self._kernel = None  # or the former weights would stay in memory
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_kernel"}

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
 from ..models.checkpoint import QUANT_METHOD, VERSION, parse_packings
-from ..models.formats import Packing
+from ..models.formats import DTYPES, Packing
 from ..models.memory import give_back_memory, large_tensors_apart
 from ..models.shards import Info, PackedInfo, read_header, read_parts, with_packed
 from .arrangement import optimize, repack
@@ -80,10 +80,14 @@ class SecateurQuantizer(HfQuantizer):
         packings: dict[str, Packing] = {}
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
-                packings[f"{name}.weight"] = module.packing_now()
+                packings[f"{name}.weight"] = packing = module.packing_now()
+                if packing.dtype not in DTYPES:
+                    raise ModelError(f"{name}: cannot be saved packed in {packing.dtype}; cast the model first")
             elif isinstance(module, UnpackedLinear) and (found := repack(module)):
                 packings[f"{name}.weight"] = found[0]
                 state |= {f"{name}.weight{suffix}": part for suffix, part in found[1].items()}
+            elif isinstance(module, UnpackedLinear) and module.packing.transposed:
+                state[f"{name}.weight"] = module.weight.detach().T.contiguous()  # dense, as the model has it on disk
         self.quantization_config.matrices = {name: packing.to_json() for name, packing in packings.items()}
         return (model.state_dict() | state if state else None), {}
 

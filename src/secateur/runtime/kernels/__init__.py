@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,13 +92,25 @@ def in_use() -> str | None:
     return None if kernels is None else kernels.secateur_used().decode()
 
 
+def seen(tensors: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
+    """Where and how tensors lie, and how often the mask was written to, from which offsets were derived."""
+    return [
+        (part.data_ptr(), part.dtype, part.shape, part.stride(), suffix == MASK and _version(part))
+        for suffix, part in tensors.items()
+    ]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class KernelMatrix:
     """One matrix in memory, as the kernels see it. It keeps its tensors alive."""
 
     def __init__(self, format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], packing: Packing | None):
         """Point at tensors, by suffix, on the CPU; of a dense matrix, only its values (and scale)."""
         self.rows, self.columns = shape
-        self._seen = [(tensor.data_ptr(), tensor.dtype) for tensor in tensors.values()]
+        self._seen = seen(tensors)
         # Other tensor objects, which hold the memory even if those given are let point elsewhere.
         held = {suffix: tensor.detach().contiguous().view(-1) for suffix, tensor in tensors.items()}
         self.values = values = held[VALUES]
@@ -113,7 +126,7 @@ class KernelMatrix:
 
     def holds(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether this was made from these tensors, where they lie now."""
-        return self._seen == [(tensor.data_ptr(), tensor.dtype) for tensor in tensors.values()]
+        return self._seen == seen(tensors) and all(tensor.is_contiguous() for tensor in tensors.values())
 
     def linear(self, x: Tensor, bias: Tensor | None = None, activations8: bool = False) -> Tensor:
         """Return x Wᵀ + b.
@@ -127,7 +140,7 @@ class KernelMatrix:
             NotImplementedError: these weights have no kernel with 8-bit activations.
         """
         x = x.contiguous()
-        y = torch.empty(*x.shape[:-1], self.rows, dtype=x.dtype)
+        y = torch.empty(*x.shape[:-1], self.rows, dtype=x.dtype, device="cpu")
         bias = None if bias is None else bias.detach().float().contiguous()
         kernels = library()
         assert kernels is not None
@@ -149,7 +162,7 @@ class KernelMatrix:
             unscaled: leave out the scales of 8-bit values, which are then exact in every dtype.
         """
         assert start % ROWS == 0 and (stop % ROWS == 0 or stop == self.rows)
-        W = torch.empty(stop - start, self.columns, dtype=dtype)
+        W = torch.empty(stop - start, self.columns, dtype=dtype, device="cpu")
         kernels = library()
         assert kernels is not None
         _raise_for(
