@@ -217,6 +217,8 @@ class KernelLinear(nn.Linear):
             and few_rows(input, self.weight.shape[1])
             and input.dtype == self.weight.dtype
             and self.weight.is_cpu
+            and self.weight.is_contiguous()
+            and self.in_features
             and kernels.library() is not None  # a pickled layer may come from another machine
         ):
             return self.kernel().linear(input, self.bias)

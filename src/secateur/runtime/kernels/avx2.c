@@ -3,6 +3,7 @@
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
+#include <pthread.h>
 
 enum { LANES = 8 };
 typedef __m256 vec;
@@ -170,7 +171,7 @@ PICKED_ROWS(f16, F16)
 PICKED_ROWS(i8, I8)
 
 /* 8-bit activations: 16 inputs are one lane, indices are byte shuffles of it. Two steps at a time, one in each lane; of
- * the second's inputs beyond the row all are zero. |x| and w with x's sign make the products fit what maddubs takes. */
+ * the second's inputs beyond the row all are zero. maddubs wants |w| and x with w's sign: x is never -128, but w may be. */
 
 /* The indices of 16 values of each of two steps, as bytes. */
 static inline __m256i two_steps_indices(const uint8_t *first, const uint8_t *second, int bits) {
@@ -184,7 +185,7 @@ static inline __m256i two_steps_indices(const uint8_t *first, const uint8_t *sec
 }
 
 static inline __m256i dot8(__m256i w, __m256i x) { /* sums of 4 products */
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
@@ -261,7 +262,7 @@ static void rows8_dense(const Matrix *w, const int8_t *x, const float *x_scale, 
         }
         int32_t rest = 0;
         for (int64_t k = blocks * BLOCK; k < w->columns; k++) rest += (int8_t)v[k] * x[k];
-        y[row] = sum(s) + (rest ? (float)rest * x_scale[blocks] : 0);
+        y[row] = sum(s) + (blocks * BLOCK < w->columns ? (float)rest * x_scale[blocks] : 0);
     }
 }
 
@@ -275,7 +276,8 @@ static const Kernels avx2 = {
 
 const Kernels *secateur_avx2(void) {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return NULL;
-    make_tables();
+    static pthread_once_t made = PTHREAD_ONCE_INIT; /* others may be computing with them */
+    pthread_once(&made, make_tables);
     return &avx2;
 }
 #else

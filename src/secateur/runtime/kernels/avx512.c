@@ -3,6 +3,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__)
 #include <immintrin.h>
+#include <pthread.h>
 
 enum { LANES = 16 };
 typedef __m512 vec;
@@ -113,11 +114,8 @@ WIDE_BITMASK(i8, I8, ADD_I8)
 
 static Kernels avx512;
 
-const Kernels *secateur_avx512(void) {
+static void make_kernels(void) {
     const Kernels *narrower = secateur_avx2();
-    if (!narrower || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vbmi2"))
-        return NULL;
     avx512 = (Kernels){
         "avx512",
         {ALL_TYPES(dense_), {bitmask_f32, wide_bitmask_bf16, wide_bitmask_f16, wide_bitmask_i8}, ALL_TYPES(batch_nm_)},
@@ -130,6 +128,14 @@ const Kernels *secateur_avx512(void) {
     memcpy(avx512.unpack[NM], narrower->unpack[NM], sizeof avx512.unpack[NM]);
     avx512.unpack16[NM] = narrower->unpack16[NM];
     memcpy(avx512.rows8, narrower->rows8, sizeof avx512.rows8);
+}
+
+const Kernels *secateur_avx512(void) {
+    static pthread_once_t made = PTHREAD_ONCE_INIT; /* others may be computing with them */
+    if (!secateur_avx2() || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512vbmi2"))
+        return NULL;
+    pthread_once(&made, make_kernels);
     return &avx512;
 }
 #else

@@ -65,6 +65,9 @@ static inline uint16_t load16(const void *p) { uint16_t v; memcpy(&v, p, 2); ret
 static inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline uint32_t as_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
+/* At any address, as in a file. */
+static inline float float_at(const float *p, int64_t i) { return as_float(load32((const uint8_t *)p + 4 * i)); }
+
 static inline float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | rest << 13); /* infinity, NaN */

@@ -17,7 +17,7 @@ EXPORT const char *secateur_use(const char *name) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         const Kernels *found = all[i]();
         if (found && (!name || !strcmp(name, found->name))) {
-            kernels = found;
+            if (kernels != found) kernels = found; /* others may be reading it */
             return found->name;
         }
     }
@@ -81,14 +81,21 @@ static void to_8_bit(const float *slots, int64_t count, int8_t *out, float *scal
             finite &= size <= 3.4028234e38f;
             most = size > most ? size : most;
         }
-        float factor = most > 1e-37f ? 127 / most : 0; /* what is smaller is as good as zero */
+        float factor = most > 4e-37f ? 127 / most : 0; /* what is smaller is as good as zero, and 127 / it may be infinite */
         for (int j = 0; j < BLOCK; j++) out[j] = finite ? (int8_t)lrintf(slots[j] * factor) : 0;
         scales[i] = finite ? most / 127 : NAN;
     }
 }
 
+static int all_finite(const float *slots, int64_t count) {
+    int finite = 1;
+    for (int64_t i = 0; i < count; i++) finite &= (as_bits(slots[i]) & 0x7f800000) != 0x7f800000;
+    return finite;
+}
+
 typedef struct {
     const Matrix *w;
+    const Kernels *kernels;
     const float *x;
     const int8_t *x8;
     const float *x_scale;
@@ -116,7 +123,7 @@ static uint8_t *with_room(const Matrix *w, int64_t tile, Matrix *alone, int64_t 
     int64_t where = where_bytes(w);
     uint8_t *copy = calloc(1, (size_t)(values + where + 2 * OVERREAD));
     if (!copy) return NULL;
-    memcpy(copy, w->values + from, (size_t)values);
+    if (values) memcpy(copy, w->values + from, (size_t)values); /* where there are none, the pointer may be NULL */
     memcpy(copy + values + OVERREAD, w->where + tile * where, (size_t)where);
     *alone = *w;
     offsets[0] = 0, offsets[1] = values / SIZE[w->type];
@@ -127,10 +134,10 @@ static uint8_t *with_room(const Matrix *w, int64_t tile, Matrix *alone, int64_t 
 
 static void sum_tiles(const Job *job, const Matrix *w, int64_t begin, int64_t end, int64_t row) {
     for (int b = 0; b < (job->x8 ? job->batch : 0); b++)
-        kernels->rows8[w->format](w, job->x8 + b * job->slots, job->x_scale + b * job->slots / BLOCK, job->slots,
+        job->kernels->rows8[w->format](w, job->x8 + b * job->slots, job->x_scale + b * job->slots / BLOCK, job->slots,
                                   job->sums + b * job->ldy + row, begin, end);
     if (!job->x8)
-        kernels->rows[w->format][w->type](w, job->x, job->slots, job->batch, job->sums + row, job->ldy, begin, end);
+        job->kernels->rows[w->format][w->type](w, job->x, job->slots, job->batch, job->sums + row, job->ldy, begin, end);
 }
 
 static void linear_chunk(void *context, int64_t chunk) {
@@ -151,8 +158,8 @@ static void linear_chunk(void *context, int64_t chunk) {
     int64_t last = end * TILE < w->rows ? end * TILE : w->rows, first = begin * TILE;
     for (int b = 0; b < job->batch; b++) {
         float *sums = job->sums + b * job->ldy;
-        for (int64_t row = first; w->type == I8 && row < last; row++) sums[row] *= w->scale[row];
-        for (int64_t row = first; job->bias && row < last; row++) sums[row] += job->bias[row];
+        for (int64_t row = first; w->type == I8 && row < last; row++) sums[row] *= float_at(w->scale, row);
+        for (int64_t row = first; job->bias && row < last; row++) sums[row] += float_at(job->bias, row);
         write_values(job->out + (b * w->rows + first) * SIZE[job->out_type], job->out_type, sums + first, last - first);
     }
 }
@@ -188,8 +195,10 @@ EXPORT int secateur_linear(const Matrix *w, const uint8_t *x, int x_type, int64_
             to_slots(w, x + (first + b) * w->columns * SIZE[x_type], x_type, scratch + b * slots, slots);
             if (activations8) to_8_bit(scratch + b * slots, slots, x8 + b * slots, scales + b * (slots / BLOCK));
         }
-        Job job = {.w = w, .x = scratch, .x8 = activations8 ? x8 : NULL, .x_scale = scales, .slots = slots, .batch = rows,
-                   .sums = sums, .ldy = ldy, .out = y + first * w->rows * SIZE[y_type], .out_type = y_type, .bias = bias,
+        /* Kernels that pick inputs would pass over a NaN or Inf at a place that holds no value; 0 x NaN is NaN. */
+        const Kernels *those = w->format != NM || all_finite(scratch, rows * slots) ? kernels : secateur_portable();
+        Job job = {.w = w, .kernels = those, .x = scratch, .x8 = activations8 ? x8 : NULL, .x_scale = scales,
+                   .slots = slots, .batch = rows, .sums = sums, .ldy = ldy, .out = y + first * w->rows * SIZE[y_type], .out_type = y_type, .bias = bias,
                    .end = tiles_of(w)};
         share(linear_chunk, &job, threads, THREAD_BYTES);
         failed = job.failed;
@@ -216,8 +225,10 @@ static void unpack_chunk(void *context, int64_t chunk) {
         else job->failed = 1;
         free(copy);
         if (direct || job->failed) continue;
-        for (int64_t r = 0; scaled && r < count; r++)
-            for (int64_t k = 0; k < columns; k++) rows[r * columns + k] *= w->scale[tile * TILE + r];
+        for (int64_t r = 0; scaled && r < count; r++) {
+            float scale = float_at(w->scale, tile * TILE + r);
+            for (int64_t k = 0; k < columns; k++) rows[r * columns + k] *= scale;
+        }
         write_values(out, job->out_type, rows, count * columns);
     }
     if (!rows) job->failed = 1;
