@@ -116,7 +116,7 @@ class KernelMatrix:
         self.values = values = held[VALUES]
         where, scale = held.get(MASK, held.get(INDEX)), held.get(SCALE)
         offsets = row_offsets(packing, held).contiguous() if packing else None
-        self._held = held, offsets
+        self.tensors, self._offsets = held, offsets
         self._matrix = _Matrix(
             FORMATS[format], TYPES[values.dtype], *shape, (packing and packing.n) or 0, (packing and packing.m) or 0,
             values.data_ptr(), None if where is None else where.data_ptr(),

@@ -269,8 +269,8 @@ static void rows8_dense(const Matrix *w, const int8_t *x, const float *x_scale, 
 static const Kernels avx2 = {
     "avx2",
     {ALL_TYPES(dense_), ALL_TYPES(bitmask_), ALL_TYPES(nm_)},
-    {{NULL}, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
-    {NULL, unpack_bitmask_raw16, unpack_nm_raw16},
+    {ALL_DENSE, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
+    {unpack_dense_raw16, unpack_bitmask_raw16, unpack_nm_raw16},
     {rows8_dense, NULL, rows8_nm},
 };
 

@@ -119,8 +119,8 @@ static void make_kernels(void) {
     avx512 = (Kernels){
         "avx512",
         {ALL_TYPES(dense_), {bitmask_f32, wide_bitmask_bf16, wide_bitmask_f16, wide_bitmask_i8}, ALL_TYPES(batch_nm_)},
-        {{NULL}, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
-        {NULL, unpack_bitmask_raw16, unpack_nm_raw16},
+        {ALL_DENSE, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
+        {unpack_dense_raw16, unpack_bitmask_raw16, unpack_nm_raw16},
         {NULL},
     };
     /* What is picked rather than expanded is bound by memory with AVX2 already. */

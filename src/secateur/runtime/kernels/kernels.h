@@ -46,8 +46,8 @@ typedef void (*Unpack)(const Matrix *w, void *out, int64_t begin, int64_t end);
 typedef struct {
     const char *name;
     Rows rows[FORMATS][TYPES];
-    Unpack unpack[FORMATS][TYPES]; /* not of dense */
-    Unpack unpack16[FORMATS];      /* values of 16 bits as they are */
+    Unpack unpack[FORMATS][TYPES];
+    Unpack unpack16[FORMATS]; /* values of 16 bits as they are */
     Rows8 rows8[FORMATS]; /* may be NULL */
 } Kernels;
 

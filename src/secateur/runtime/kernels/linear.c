@@ -239,7 +239,6 @@ static void unpack_chunk(void *context, int64_t chunk) {
  * `unscaled`: without the scales of 8-bit values. */
 EXPORT int secateur_unpack(const Matrix *w, int64_t first, int64_t end, uint8_t *out, int out_type, int unscaled,
                            int threads) {
-    if (w->format == DENSE) return NO_SUCH_KERNEL;
     Job job = {.w = w, .out = out, .out_type = out_type, .first = first / TILE, .end = ceil_div(end, TILE),
                .unscaled = unscaled};
     share(unpack_chunk, &job, threads, CHUNK_BYTES);

@@ -212,4 +212,15 @@ UNPACK(bitmask, raw16, uint16_t)
 DECODE_NM(raw16, F16, uint16_t, load16(at->values))
 UNPACK(nm, raw16, uint16_t)
 
+static void unpack_dense(const Matrix *w, void *out, int64_t begin, int64_t end) {
+    int64_t last = end * TILE < w->rows ? end * TILE : w->rows, first = begin * TILE * w->columns;
+    for (int64_t k = first; k < last * w->columns; k++)
+        ((float *)out)[k - first] = value_at(w->values + k * SIZE[w->type], w->type);
+}
+static void unpack_dense_raw16(const Matrix *w, void *out, int64_t begin, int64_t end) {
+    int64_t last = end * TILE < w->rows ? end * TILE : w->rows, first = begin * TILE;
+    memcpy(out, w->values + first * w->columns * 2, (size_t)((last - first) * w->columns * 2));
+}
+
+#define ALL_DENSE {unpack_dense, unpack_dense, unpack_dense, unpack_dense}
 #define ALL_TYPES(prefix) {prefix##f32, prefix##bf16, prefix##f16, prefix##i8}
