@@ -85,9 +85,9 @@ class PackedLinear(nn.Module):
 
     def kernel(self) -> KernelMatrix | None:
         """The matrix as the kernels see it; None where there are none, or not for where it is."""
-        parts = self.parts
         kernel = self._kernel  # another thread may be at the same
-        if kernel is None or not kernel.holds(parts):
+        if kernel is None or not kernel.holds(self._buffers.values()):  # type: ignore[arg-type]
+            parts = self.parts
             usable = all(part.is_cpu for part in parts.values()) and parts[VALUES].dtype in kernels.TYPES
             kernel = None
             if usable and kernels.library() is not None:
@@ -103,7 +103,7 @@ class PackedLinear(nn.Module):
         if (kernel := self.kernel()) is not None and dtype in kernels.FLOATS:
             return kernel.unpack(start, stop, dtype, unscaled=unscaled)
         parts = self.parts
-        now = kernels.seen(parts)
+        now = kernels.seen(parts.values())
         if self._offsets is None or self._offsets_of != now:
             self._offsets, self._offsets_of = row_offsets(self.packing, parts), now
         return unpack_rows(self.packing, parts, self._offsets, start, stop).to(dtype)
@@ -202,22 +202,23 @@ class KernelLinear(nn.Linear):
 
     def kernel(self) -> KernelMatrix:
         """The matrix as the kernels see it."""
-        if self._kernel is None or not self._kernel.holds({VALUES: self.weight}):
+        if self._kernel is None or not self._kernel.holds((self.weight,)):
             rows, columns = self.weight.shape
             self._kernel = KernelMatrix("dense", (rows, columns), {VALUES: self.weight}, None)
         return self._kernel
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x Wᵀ + b."""
+        weight = self.weight
         if (
             not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
             and not (watched() or transformed() or torch.is_autocast_enabled("cpu"))
-            and type(self.weight) in (Tensor, nn.Parameter)  # another may have no memory of its own
-            and few_rows(input, self.weight.shape[1])
-            and input.dtype == self.weight.dtype
-            and self.weight.is_cpu
-            and self.weight.is_contiguous()
+            and type(weight) in (Tensor, nn.Parameter)  # another may have no memory of its own
+            and few_rows(input, weight.shape[1])
+            and input.dtype == weight.dtype
+            and weight.is_cpu
+            and weight.is_contiguous()
             and self.in_features
             and kernels.library() is not None  # a pickled layer may come from another machine
         ):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -92,16 +92,12 @@ def in_use() -> str | None:
     return None if kernels is None else kernels.secateur_used().decode()
 
 
-def seen(tensors: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
-    """Where and how tensors lie, and how often the mask was written to, from which offsets were derived."""
+def seen(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """Where and how tensors lie, and how often they were written to: offsets are derived from a mask."""
     return [
-        (part.data_ptr(), part.dtype, part.shape, part.stride(), suffix == MASK and _version(part))
-        for suffix, part in tensors.items()
+        (part.data_ptr(), part.dtype, part.shape, part.stride(), 0 if part.is_inference() else part._version)
+        for part in tensors
     ]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class KernelMatrix:
@@ -110,7 +106,7 @@ class KernelMatrix:
     def __init__(self, format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], packing: Packing | None):
         """Point at tensors, by suffix, on the CPU; of a dense matrix, only its values (and scale)."""
         self.rows, self.columns = shape
-        self._seen = seen(tensors)
+        self._seen = seen(tensors.values()) if all(t.is_contiguous() for t in tensors.values()) else None
         # Other tensor objects, which hold the memory even if those given are let point elsewhere.
         held = {suffix: tensor.detach().contiguous().view(-1) for suffix, tensor in tensors.items()}
         self.values = values = held[VALUES]
@@ -124,9 +120,9 @@ class KernelMatrix:
         )  # fmt: skip
         self._pointer = ctypes.addressof(self._matrix)
 
-    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether this was made from these tensors, where they lie now."""
-        return self._seen == seen(tensors) and all(tensor.is_contiguous() for tensor in tensors.values())
+    def holds(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether this points at these tensors, where they lie now."""
+        return self._seen == seen(tensors)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, activations8: bool = False) -> Tensor:
         """Return x Wᵀ + b.
