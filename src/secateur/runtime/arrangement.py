@@ -50,6 +50,13 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
         raise OptionError(f"{of} {prefer!r}: use {' or '.join(PREFERENCES)}")
     if activations not in (None, "int8"):
         raise OptionError(f"activations {activations!r}: use int8, or leave it out")
+    fitting = [m for m in model.modules() if isinstance(m, PackedLinear) and _takes_8_bit_activations(m.packing)]
+    if activations and not fitting:
+        raise OptionError(
+            "activations int8: none of its matrices can; it takes kernels, and 2:4, 8:16 or alike with values int8"
+        )
+    for layer in fitting:
+        layer.activations = activations
     exchanged: dict[nn.Module, nn.Module] = {}  # a layer may stand in several places
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name:
@@ -64,13 +71,6 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
         elif type(module) in (nn.Linear, KernelLinear):
             module.__class__ = KernelLinear if _our_dense_is_faster(module) else nn.Linear
             module.__dict__.pop("_kernel", None)  # which cannot be copied
-    fitting = [m for m in model.modules() if isinstance(m, PackedLinear) and _takes_8_bit_activations(m.packing)]
-    if activations and not fitting:
-        raise OptionError(
-            "activations int8: none of its matrices can; it takes kernels, and 2:4, 8:16 or alike with values int8"
-        )
-    for module in fitting:
-        module.activations = activations
     return arrangement(model)
 
 

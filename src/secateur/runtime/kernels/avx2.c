@@ -144,7 +144,7 @@ static inline int step_masks(const Steps *steps, const uint8_t *index, uint64_t 
                 }                                                                                                     \
             }                                                                                                         \
             float quads[8 * MOST];                                                                                    \
-            for (int i = 0; i < count; i++) store_float(quads + 8 * i, sums[i]);                                            \
+            for (int i = 0; i < count; i++) store_float(quads + 8 * i, sums[i]);                                      \
             for (int r = 0; r < TILE; r++) {                                                                          \
                 float total = 0;                                                                                      \
                 for (int k = 0; k < per_row; k++) total += quads[r * per_row + k];                                    \

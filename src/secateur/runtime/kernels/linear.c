@@ -135,7 +135,7 @@ static uint8_t *with_room(const Matrix *w, int64_t tile, Matrix *alone, int64_t 
 static void sum_tiles(const Job *job, const Matrix *w, int64_t begin, int64_t end, int64_t row) {
     for (int b = 0; b < (job->x8 ? job->batch : 0); b++)
         job->kernels->rows8[w->format](w, job->x8 + b * job->slots, job->x_scale + b * job->slots / BLOCK, job->slots,
-                                  job->sums + b * job->ldy + row, begin, end);
+                                       job->sums + b * job->ldy + row, begin, end);
     if (!job->x8)
         job->kernels->rows[w->format][w->type](w, job->x, job->slots, job->batch, job->sums + row, job->ldy, begin, end);
 }
@@ -198,8 +198,8 @@ EXPORT int secateur_linear(const Matrix *w, const uint8_t *x, int x_type, int64_
         /* Kernels that pick inputs would pass over a NaN or Inf at a place that holds no value; 0 x NaN is NaN. */
         const Kernels *those = w->format != NM || all_finite(scratch, rows * slots) ? kernels : secateur_portable();
         Job job = {.w = w, .kernels = those, .x = scratch, .x8 = activations8 ? x8 : NULL, .x_scale = scales,
-                   .slots = slots, .batch = rows, .sums = sums, .ldy = ldy, .out = y + first * w->rows * SIZE[y_type], .out_type = y_type, .bias = bias,
-                   .end = tiles_of(w)};
+                   .slots = slots, .batch = rows, .sums = sums, .ldy = ldy, .out = y + first * w->rows * SIZE[y_type],
+                   .out_type = y_type, .bias = bias, .end = tiles_of(w)};
         share(linear_chunk, &job, threads, THREAD_BYTES);
         failed = job.failed;
     }

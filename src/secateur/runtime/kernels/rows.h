@@ -1,10 +1,13 @@
 /* Kernels of every format and type, over vectors of one instruction set.
  *
- * The including file defines, for vectors of LANES floats: `vec`, zero(), load(p), madd(a, b, c) = a * b + c,
- * store_float(p, v), sum(v); read_f32 (and bf16, f16, i8) to widen LANES values; and to expand those chosen by LANES bits of a mask to where
- * the bits are: CHUNK(mask, s), a number made of bits s * LANES onwards, COUNT(chunk), and expand_f32 (and bf16, …)
- * (p, chunk), and expand_raw16 and store_uint16_t for values of 16 bits as they are; and for `nm` Steps, steps_from(w), step_masks. Reads
- * may go OVERREAD bytes beyond a tile's data. */
+ * The including file defines, for vectors of LANES floats:
+ *   vec, zero(), load(p), store_float(p, v), madd(a, b, c) = a * b + c, sum(v);
+ *   read_f32 (and bf16, f16, i8), to widen LANES values;
+ *   CHUNK(mask, s), a number made of LANES bits of a mask from bit s * LANES on, and COUNT(chunk), how many are set;
+ *   expand_f32 (and bf16, f16, i8), to widen the next values to where a chunk has bits, with zeros elsewhere;
+ *   expand_raw16 and store_uint16_t, the same for values of 16 bits as they are;
+ *   for `nm` Steps, steps_from(w) and step_masks(steps, index, masks), which may say that it cannot.
+ * Reads may go OVERREAD bytes beyond a tile's data. */
 
 /* gcc spills pointers and reads x again from memory unless it is told that they change. */
 #define KEEP_IN_REGISTERS(a, b, c, d) __asm__ volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d))
