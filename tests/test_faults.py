@@ -843,7 +843,8 @@ def test_ctrl_c_as_the_shell_sees_it(place, run, small, reference):
     Path("text.txt").write_text(TEXT * 10)
     words = [str(word) for word in given(*SMALL, "--threads", 1, model=small)]
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a job in the background has lost
         "from secateur import cli\n"
         "from secateur.pipeline.run_directory import RunDirectory\n"
         "note = RunDirectory.note\n"
