@@ -177,6 +177,22 @@ def test_training_mode_is_kept_when_layers_are_exchanged(directories, faster):
         assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_opened_in_another_dtype_is_unpacked_into_it_or_not_at_all(dtype, directories, faster, tmp_path):
+    faster(False)
+    packed = directories("llama")[1]
+    model = opened(packed, dtype=dtype)
+    expected = logits(model)
+    found = secateur.optimize(model, prefer="speed")
+    assert (found["unpacked"] > 0) == (dtype == torch.float32)  # in float16 the weights would be rounded
+    assert logits(model).dtype == dtype
+    assert torch.allclose(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    again = opened(tmp_path / "again", dtype=dtype)
+    secateur.optimize(model, prefer="memory")
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("format", ["bitmask", "nm"])
 def test_8_bit_values_are_never_unpacked(format, directories, faster):
     model = opened(directories("llama", format, "int8")[1])

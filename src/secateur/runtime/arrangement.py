@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..models.formats import MAX_M, VALUES, Packing, pack
+from ..models.formats import DTYPES, MAX_M, VALUES, Packing, pack
 from . import kernels
 from .kernels import KernelMatrix
 from .linear import KernelLinear, PackedLinear, UnpackedLinear
@@ -57,6 +57,7 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
         )
     for layer in fitting:
         layer.activations = activations
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)  # that the model computes in
     exchanged: dict[nn.Module, nn.Module] = {}  # a layer may stand in several places
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name:
@@ -66,8 +67,10 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
         elif isinstance(module, UnpackedLinear) and prefer == "memory":
             exchanged[module] = _exchange(model, name, _packed_again(module))
         elif isinstance(module, PackedLinear) and prefer == "speed" and module.weight.is_cpu:  # a GPU wants memory
-            if not packed_is_faster(module.packing, module.kernel()):
-                exchanged[module] = _exchange(model, name, _unpacked(module))
+            to = dtype or module.weight.dtype
+            exact = to in (module.weight.dtype, torch.float32)  # else weights would be rounded
+            if exact and not packed_is_faster(module.packing, module.kernel(), to):
+                exchanged[module] = _exchange(model, name, _unpacked(module, to))
         elif type(module) in (nn.Linear, KernelLinear):
             module.__class__ = KernelLinear if _our_dense_is_faster(module) else nn.Linear
             module.__dict__.pop("_kernel", None)  # which cannot be copied
@@ -88,13 +91,13 @@ def arrangement(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def packed_is_faster(packing: Packing, kernel: KernelMatrix | None) -> bool:
-    """Whether a matrix in the CPU's memory is better left packed for speed."""
+def packed_is_faster(packing: Packing, kernel: KernelMatrix | None, dtype: torch.dtype | None = None) -> bool:
+    """Whether a matrix in the CPU's memory is better left packed for speed, in a model that computes in `dtype`."""
     if packing.values == "int8":
         return True  # unpacked it would be float32
     if kernel is None:
         return False
-    found = measured(kernel, packing, kernel.values.dtype)
+    found = measured(kernel, packing, dtype or kernel.values.dtype)
     return found["kernel"] <= TIE * found["torch"]
 
 
@@ -151,10 +154,10 @@ def _exchange(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return module
 
 
-def _unpacked(module: PackedLinear) -> UnpackedLinear:
+def _unpacked(module: PackedLinear, dtype: torch.dtype) -> UnpackedLinear:
     with torch.device("meta"):
         dense = UnpackedLinear(module.in_features, module.out_features, bias=module.bias is not None)
-    weight = module.rows(0, module.out_features, module.weight.dtype)
+    weight = module.rows(0, module.out_features, dtype)
     dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), module.bias  # type: ignore[assignment]
     dense.packing = module.packing
     return dense.train(module.training)
@@ -162,10 +165,14 @@ def _unpacked(module: PackedLinear) -> UnpackedLinear:
 
 def repack(module: UnpackedLinear) -> tuple[Packing, dict[str, Tensor]] | None:
     """The matrix packed as it was on disk; None if what happened to it since makes that no smaller."""
+    weight = module.weight.detach()
+    held = weight.to(DTYPES[module.packing.dtype])
+    if torch.equal(held.to(weight.dtype), weight):
+        weight = held  # as it was packed; in the model's dtype it may be wider
     try:
-        found = pack("weight", module.weight.detach(), module.packing.format)
+        found = pack("weight", weight, module.packing.format)
     except OptionError:  # its zeros have another pattern by now
-        found = pack("weight", module.weight.detach(), "bitmask")
+        found = pack("weight", weight, "bitmask")
     return found and (replace(found[0], transposed=module.packing.transposed), found[1])
 
 
