@@ -13,52 +13,26 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 import secateur
 from secateur.models.formats import pack, unpack
 from secateur.runtime import arrangement, kernels
 from secateur.runtime.kernels import KernelMatrix
 from secateur.runtime.linear import KernelLinear, PackedLinear, UnpackedLinear
-from tiny import DTYPES, TEXT, rows, same_bytes, tensors_of, tiny_model
+from sparse_models import made_once
+from tiny import DTYPES, TEXT, rows, same_bytes, tensors_of
 
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="the kernels were not compiled")
 
-MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 PACKED = {"llama": 21, "llama-tied": 21, "gpt2": 12, "mixtral": 12}
 FEW, MANY = rows(2, 3), rows(2, 12)  # rows of inputs for the kernels, and too many for them
 CLOSE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 5e-2}
 
 
-def thin(W_OI, format, seed):
-    """Zeros at random places, two of every four along the inputs for nm."""
-    g = torch.Generator().manual_seed(seed)
-    if format == "nm":
-        order = torch.rand(W_OI.shape, generator=g).unflatten(-1, (-1, 4)).argsort(-1).argsort(-1)
-        W_OI.masked_fill_(order.flatten(-2) < 2, 0)
-    else:
-        W_OI.masked_fill_(torch.rand(W_OI.shape, generator=g) < 0.6, 0)
-
-
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     """``directories(family, format, values, dtype)``: a pruned model, dense and packed; to be read only."""
-    known = {}
-
-    def made(family="llama", format="bitmask", values=None, dtype="float32"):
-        key = family, format, values, dtype
-        if key not in known:
-            folder = tmp_path_factory.mktemp("arranged")
-            model = tiny_model(family, dtype, **(MIXTURE if family == "mixtral" else {}))
-            for seed, module in enumerate(model.base_model.modules()):
-                if isinstance(module, (nn.Linear, Conv1D)):
-                    thin(module.weight.data.T if isinstance(module, Conv1D) else module.weight.data, format, seed)
-            model.save_pretrained(folder / "dense")
-            secateur.pack(folder / "dense", folder / "packed", format=format, values=values)
-            known[key] = folder / "dense", folder / "packed"
-        return known[key]
-
-    return made
+    return made_once(tmp_path_factory, lambda family: "float32")
 
 
 @pytest.fixture

@@ -11,58 +11,25 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 import secateur
 from secateur.models.checkpoint import Checkpoint
 from secateur.models.formats import pack
 from secateur.runtime import linear
 from secateur.runtime.linear import PackedLinear
-from tiny import DTYPES, rows, same_bytes, tensors_of, tiny_model
+from sparse_models import MIXTURES, made_once, sparse_model, thin
+from tiny import DTYPES, rows, same_bytes, tensors_of
 
-MIXTURES = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-}
 FAMILIES = {"llama": "bfloat16", "llama-tied": "float32", "gpt2": "float32", "qwen2": "float16"}
 FAMILIES |= dict.fromkeys(MIXTURES, "float32")
 PACKED = {"llama": 21, "llama-tied": 21, "gpt2": 12, "qwen2": 21, "mixtral": 12, "qwen3_moe": 12}
 IDS = rows(2, 12)
 
 
-def thin(W_OI, format, seed):
-    """Zeros at random places, two of every four along the inputs for nm."""
-    g = torch.Generator().manual_seed(seed)
-    if format == "nm":
-        order = torch.rand(W_OI.shape, generator=g).unflatten(-1, (-1, 4)).argsort(-1).argsort(-1)
-        W_OI.masked_fill_(order.flatten(-2) < 2, 0)
-    else:
-        W_OI.masked_fill_(torch.rand(W_OI.shape, generator=g) < 0.6, 0)
-
-
-def sparse_model(family, dtype, format):
-    model = tiny_model(family, dtype, **MIXTURES.get(family, {}))
-    for seed, module in enumerate(model.base_model.modules()):
-        if isinstance(module, (nn.Linear, Conv1D)):
-            thin(module.weight.data.T if isinstance(module, Conv1D) else module.weight.data, format, seed)
-    return model
-
-
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     """``directories(family, format, values)``: a pruned model, dense and packed; to be read only."""
-    known = {}
-
-    def made(family="llama", format="bitmask", values=None, dtype=None):
-        key = family, format, values, dtype
-        if key not in known:
-            folder = tmp_path_factory.mktemp("packed")
-            sparse_model(family, dtype or FAMILIES[family], format).save_pretrained(folder / "dense")
-            secateur.pack(folder / "dense", folder / "packed", format=format, values=values)
-            known[key] = folder / "dense", folder / "packed"
-        return known[key]
-
-    return made
+    return made_once(tmp_path_factory, FAMILIES.__getitem__)
 
 
 def opened(directory, **options):
