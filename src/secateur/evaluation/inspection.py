@@ -8,15 +8,18 @@ from ..models.hosts import DiskHost, block_matrices
 from ..models.shards import PackedInfo, read_parts
 from ..progress import Progress
 from ..pruning import detect_pattern
-from ..runtime.arrangement import packed_is_faster
+from ..runtime.arrangement import kind_of, packed_is_faster
 from ..runtime.kernels import KernelMatrix, library
 
 
-def _runs(info: PackedInfo) -> str:
-    """``packed`` or ``dense``, whichever is faster on this machine; what was measured once serves all of its kind."""
-    parts = read_parts(info)
-    kernel = KernelMatrix(info.packing.format, info.packing.shape, parts, info.packing) if library() else None
-    return "packed" if packed_is_faster(info.packing, kernel) else "dense"
+def _runs(info: PackedInfo, known: dict[tuple[Any, ...], str]) -> str:
+    """``packed`` or ``dense``, whichever is faster on this machine; what is known of one matrix holds for its kind."""
+    kind = kind_of(info.packing)
+    if kind not in known:
+        parts = read_parts(info)
+        kernel = KernelMatrix(info.packing.format, info.packing.shape, parts, info.packing) if library() else None
+        known[kind] = "packed" if packed_is_faster(info.packing, kernel) else "dense"
+    return known[kind]
 
 
 def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
@@ -29,6 +32,7 @@ def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
     checkpoint = host.checkpoint
     count = len(host.skeleton.real)
     rows: list[dict[str, Any]] = []
+    runs: dict[tuple[Any, ...], str] = {}
     progress.start("inspecting", count)
     for index in range(count):
         with host.block(index):
@@ -43,7 +47,7 @@ def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
                         "sparsity": float((W_OI == 0).double().mean()),
                         "pattern": detect_pattern(W_OI),
                         "format": infos[0].packing.format if isinstance(infos[0], PackedInfo) else "dense",
-                        "runs": _runs(infos[0]) if isinstance(infos[0], PackedInfo) else "dense",
+                        "runs": _runs(infos[0], runs) if isinstance(infos[0], PackedInfo) else "dense",
                         "dtype": str(infos[0].dtype).removeprefix("torch."),
                         "bytes": sum(info.bytes for info in infos),
                     }

@@ -112,14 +112,20 @@ def _our_dense_is_faster(module: nn.Linear) -> bool:
     return found["kernel"] <= found["torch"]
 
 
+def kind_of(packing: Packing) -> tuple[Any, ...]:
+    """What decides how fast a matrix is: shape, format, values, and its sparsity in steps of 5 %."""
+    rows, columns = packing.shape
+    density = round(20 * packing.count / (rows * columns))
+    return packing.shape, packing.format, packing.n, packing.m, packing.values, density
+
+
 def measured(kernel: KernelMatrix, packing: Packing | None, dtype: torch.dtype) -> dict[str, float]:
     """Seconds for one row of inputs by our kernel and by torch's dense product, in turn; measured once.
 
     Of each the fastest of several runs counts: whatever else the machine does only makes them slower.
     """
     shape = (kernel.rows, kernel.columns)
-    kind = packing and (packing.format, packing.n, packing.m, round(20 * packing.count / (shape[0] * shape[1])))
-    key = (shape, kind, kernel.values.dtype, dtype, torch.get_num_threads(), kernels.in_use())
+    key = (shape, packing and kind_of(packing), kernel.values.dtype, dtype, torch.get_num_threads(), kernels.in_use())
     if key not in _measured:
         x = torch.ones(1, shape[1], dtype=dtype, device="cpu")
         dense = torch.ones(shape, dtype=dtype, device="cpu")

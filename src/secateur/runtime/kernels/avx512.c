@@ -19,6 +19,7 @@ static inline float sum(vec v) { return _mm512_reduce_add_ps(v); }
 
 static inline vec from_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 static inline vec from_i8(__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)); }
+
 /* Loaded apart: expanding straight from memory is several times slower than from a register. */
 #define LOADED(name, type, load)                                                                                      \
     static inline type name(const uint8_t *p) {                                                                       \
@@ -93,11 +94,11 @@ static inline int step_masks(const Steps *s, const uint8_t *p, uint64_t m[TILE])
 
 /* A pair of bf16 is two floats but for a shift and a mask, so even and odd inputs are wanted apart. */
 #define ADD_BF16(chunk, v, s, t)                                                                                      \
-    __m512i pairs = _mm512_maskz_expand_epi16(chunk, load512(v));                                          \
+    __m512i pairs = _mm512_maskz_expand_epi16(chunk, load512(v));                                                     \
     s = madd(_mm512_permutex2var_ps(x0, even, x1), _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), s);             \
     t = madd(_mm512_permutex2var_ps(x0, odd, x1), _mm512_castsi512_ps(_mm512_and_si512(pairs, high)), t)
 #define ADD_F16(chunk, v, s, t)                                                                                       \
-    __m512i halves = _mm512_maskz_expand_epi16(chunk, load512(v));                                         \
+    __m512i halves = _mm512_maskz_expand_epi16(chunk, load512(v));                                                    \
     s = madd(x0, _mm512_cvtph_ps(_mm512_castsi512_si256(halves)), s);                                                 \
     t = madd(x1, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), t)
 #define ADD_I8(chunk, v, s, t)                                                                                        \
@@ -118,9 +119,9 @@ static void make_kernels(void) {
     const Kernels *narrower = secateur_avx2();
     avx512 = (Kernels){
         "avx512",
-        {ALL_TYPES(dense_), {bitmask_f32, wide_bitmask_bf16, wide_bitmask_f16, wide_bitmask_i8}, ALL_TYPES(batch_nm_)},
-        {ALL_DENSE, ALL_TYPES(unpack_bitmask_), ALL_TYPES(unpack_nm_)},
-        {unpack_dense_raw16, unpack_bitmask_raw16, unpack_nm_raw16},
+        {ALL_TYPES(dense_), {bitmask_f32, wide_bitmask_bf16, wide_bitmask_f16, wide_bitmask_i8}, {NULL}},
+        {ALL_DENSE, ALL_TYPES(unpack_bitmask_), {NULL}},
+        {unpack_dense_raw16, unpack_bitmask_raw16, NULL},
         {NULL},
     };
     /* What is picked rather than expanded is bound by memory with AVX2 already. */
