@@ -23,6 +23,7 @@ FUNCTIONS = {
     "inspect": "inspect",
     "generate": "generate",
     "bench": "bench",
+    "compare": "compare",
 }
 NOT_FLAGS = {"tokenizer", "progress"}  # objects, which no flag can name
 
@@ -93,15 +94,19 @@ def test_flags_are_keywords_with_the_same_defaults(command):
     flags = {p.name: p for p in commands()[command].params if p.name != "help"}
     assert set(flags) - {"as_json"} == set(keywords) - NOT_FLAGS
     for name, flag in flags.items():
-        positional = name in ("model", "output") or (command, name) == ("generate", "prompt")
+        positional = name in ("model", "models", "output") or (command, name) == ("generate", "prompt")
+        positional &= (command, name) != ("compare", "output")
         assert (flag.param_type_name == "argument") == positional
         if positional:
             continue
         spelled = "--json" if name == "as_json" else "--" + name.replace("_", "-")
         assert spelled in flag.opts
-        assert set(flag.opts) | set(flag.secondary_opts) <= {spelled, "--no-" + spelled[2:]}
-        if name == "batch":  # a list in the shell
-            assert [int(flag.default)] == list(keywords[name].default)
+        short = {"-o"} if name == "output" else set()
+        assert set(flag.opts) | set(flag.secondary_opts) <= {spelled, "--no-" + spelled[2:]} | short
+        if flag.default and isinstance(keywords[name].default, tuple):  # a list in the shell
+            assert flag.default.split(",") == [str(value) for value in keywords[name].default]
+        elif name == "output":
+            assert str(flag.default) == keywords[name].default
         elif name != "as_json":
             assert (flag.default or None) == (keywords[name].default or None), name
     assert commands()[command].help and all(getattr(p, "help", None) for p in commands()[command].params)

@@ -782,7 +782,7 @@ def interrupted(run, small, monkeypatch):
     """A run of `SMALL` that was interrupted in its second block, and what was said."""
     Path("text.txt").write_text(TEXT * 10)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_progress", Stops)
+        patch.setattr(cli.screen, "progress", Stops)
         said = run(*given(*SMALL, model=small))
     assert not Path("out").exists() and Path("out.secateur/blocks/0000.safetensors").exists()
     return said

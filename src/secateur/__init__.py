@@ -24,7 +24,7 @@ from .runtime.register import register
 
 if TYPE_CHECKING:
     from . import pruning
-    from .api import PruneResult, bench, evaluate, generate, inspect, pack, prune, unpack
+    from .api import PruneResult, bench, compare, evaluate, generate, inspect, pack, prune, unpack
     from .pruning import METHODS, Method, parse_method, parse_pattern
     from .runtime.arrangement import optimize
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "PruneResult": "api",
     "bench": "api",
+    "compare": "api",
     "evaluate": "api",
     "generate": "api",
     "inspect": "api",
@@ -58,6 +59,7 @@ __all__ = [
     "SecateurError",
     "__version__",
     "bench",
+    "compare",
     "evaluate",
     "generate",
     "inspect",

@@ -410,7 +410,7 @@ def test_numbers_with_which_nothing_can_be_measured_are_refused_before_anything_
 
 def test_nothing_is_made_ready_for_numbers_with_which_nothing_can_be_measured(monkeypatch):
     """A GGUF file would be turned into a checkpoint, and a model of the hub downloaded."""
-    monkeypatch.setattr("secateur.api.locate", lambda *_: pytest.fail("the model was looked for"))
+    monkeypatch.setattr("secateur.api.measuring.locate", lambda *_: pytest.fail("the model was looked for"))
     with pytest.raises(secateur.OptionError, match="rounds 0"):
         bench("smollm2", rounds=0)
 

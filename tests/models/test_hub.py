@@ -112,7 +112,11 @@ def hub(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("hub")
     model = save_tiny(folder / "model", "llama", tokenizer=tokenizer)
     files = files_below(model)
-    extra = {"README.md": b"# Tiny", "pytorch_model.bin": b"\x80\x04.", "onnx/model.onnx": b"no"}
+    extra = {
+        "README.md": b"---\nlicense: cc-by-4.0\n---\n# Tiny",
+        "pytorch_model.bin": b"\x80\x04.",
+        "onnx/model.onnx": b"no",
+    }
     pickled = {name: content for name, content in files.items() if not name.endswith(".safetensors")}
     repositories = {
         "me/tiny": files | extra,
@@ -148,12 +152,14 @@ def test_a_model_is_pruned_by_its_id(hub):
     assert (hub.folder / "me-tiny" / "tokenizer.json").exists()
     report = json.loads((hub.folder / "me-tiny" / "secateur.json").read_text())
     assert report["plan"]["model"]["name"] == "me/tiny"
+    card = (hub.folder / "me-tiny" / "README.md").read_text()
+    assert "license: cc-by-4.0" in card and "base_model: me/tiny" in card
 
 
 def test_only_what_is_needed_is_downloaded(hub):
     loaded = {path.rsplit("/", 1)[1] for path in hub.asked if path.startswith("me/tiny/resolve")}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= loaded
-    assert not loaded & {"README.md", "pytorch_model.bin", "model.onnx"}
+    assert not loaded & {"pytorch_model.bin", "model.onnx"}
     assert not any(path.endswith("pytorch_model.bin") for path in hub.asked)
 
 

@@ -7,50 +7,57 @@ T - 1 predictions; the perplexity is the exponential of their mean negative log 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from itertools import repeat
 from typing import Any
 
 from torch.nn.functional import cross_entropy
 
 from ..errors import NumericsError
-from ..models.hosts import Host
-from ..pipeline.calibration import Tokens
-from ..pipeline.stream import Stream
 from ..progress import Progress
+from .fidelity import Fidelity, Reading
 
 
-def perplexity(host: Host, tokens: Tokens, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Measure a model's perplexity on windows of tokens.
+def perplexity(
+    reading: Reading, progress: Progress, *, dense: Reading | None = None, keep: bool = False
+) -> dict[str, Any]:
+    """Measure a model's perplexity on windows of text.
 
     Args:
-        host: the model, from disk or in memory.
-        tokens: the windows.
-        folder: where hidden states may lie meanwhile.
+        reading: the model and the windows.
         progress: hears of every micro-batch.
+        dense: of the model that this one was made from, measured with `keep`: tells the distance from it too.
+        keep: whether others are to be compared with this model.
 
     Returns:
-        text, seqlen, windows, tokens (in the windows), available_tokens (in the text), loss (nats per
-        prediction) and perplexity.
+        text, seqlen, windows, tokens (in the windows), available_tokens (in the text), loss (nats per prediction)
+        and perplexity; with `dense` also fidelity (`Fidelity.result`).
 
     Raises:
         NumericsError: the model's output is not finite.
+        DataError: the dense model has other tokens.
     """
-    stream = Stream(host, tokens.rows, folder)
-    count = len(host.skeleton.real)
+    stream, tokens = reading.stream, reading.tokens
+    fidelity = Fidelity(dense, tokens) if dense else None
+    count = len(reading.host.skeleton.real)
     progress.start(f"perplexity on {tokens.source}", (count + 1) * len(stream.batches))
     for index in range(count):
-        with host.block(index) as block:
+        with reading.host.block(index) as block:
             stream.forward(index, block, progress)
+        if keep:
+            reading.keep(index)
+        if fidelity:
+            fidelity.add_block(index, stream.get(index + 1, 0))
     loss, predictions = 0.0, 0
     for number, ids_BT in enumerate(stream.batches):
-        hidden_BTD = stream.get(count, number)
-        for row, hidden in zip(ids_BT, hidden_BTD, strict=True):
-            logits_TV = host.skeleton.logits(row[None].to(host.device), hidden[None])[0, :-1].float()
-            loss += float(cross_entropy(logits_TV, row[1:].to(host.device), reduction="sum"))
-            predictions += len(row) - 1
+        theirs = fidelity.dense.logits(number) if fidelity else repeat(None, len(ids_BT))
+        for ids_T, logits_TV, dense_TV in zip(ids_BT, reading.logits(number), theirs, strict=True):
+            next_T = ids_T[1:].to(logits_TV.device)
+            loss += float(cross_entropy(logits_TV, next_T, reduction="sum"))
+            predictions += len(logits_TV)
+            if fidelity and dense_TV is not None:
+                fidelity.add(dense_TV, logits_TV, next_T)
         progress.advance()
     progress.finish()
-    stream.close()
     if not math.isfinite(loss):
         raise NumericsError("the model's predictions hold NaN or Inf; its weights are damaged")
     mean = loss / predictions
@@ -62,4 +69,5 @@ def perplexity(host: Host, tokens: Tokens, folder: Path, progress: Progress) -> 
         "available_tokens": tokens.available,
         "loss": mean,
         "perplexity": math.exp(mean) if mean < 700 else None,
+        **({"fidelity": fidelity.result()} if fidelity else {}),
     }

@@ -19,13 +19,18 @@ log = logging.getLogger("secateur")
 EVALUATIONS = "evaluations.jsonl"
 
 
+def now() -> str:
+    """The date and time, UTC, as records have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def record_evaluation(directory: Path, found: Mapping[str, Any]) -> None:
     """Append an evaluation to a directory of ours; any other directory is left alone."""
     if report_of(directory) is None:
         return
     line = {
         "schema": 1,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         **found,
         "software": software(),
     }

@@ -66,6 +66,7 @@ def _download(model: str, trust_remote_code: bool) -> Path:
     )
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+    patterns += ["README.md"]  # the model card, whose licence is carried over
     patterns += ["*.py"] if trust_remote_code else []
     try:
         directory = Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))

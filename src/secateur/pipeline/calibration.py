@@ -20,6 +20,7 @@ log = logging.getLogger("secateur")
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 2048
 FEW_TOKENS = 8192
+USUAL_WINDOWS = 40  # of an evaluation that is made by the way: it costs seconds and not hours
 CHARACTERS_PER_TOKEN = 8  # generous, for sources that are read only as far as needed
 
 
@@ -89,7 +90,7 @@ def calibration_tokens(
     Args:
         calibration: a SOURCE (str); a LongTensor [samples, seqlen]; an iterable of strings, each a sequence of
             its own length; a `datasets.Dataset` or records {"text"}, {"messages"}, {"input_ids"}; a tokenizer's
-            batch, whose padded positions are left out.
+            batch, whose padded positions are left out; or `Tokens`, which are what this function returned before.
         tokenizer: needed unless the rows are token ids.
         config: the model's config, for context and vocabulary.
         samples: how many rows; None takes 128, or as many as there are.
@@ -104,6 +105,8 @@ def calibration_tokens(
         raise OptionError(f"samples {samples}: at least 1 is needed")
     if not -(2**63) <= seed < 2**64:
         raise OptionError(f"seed {seed}: is no 64-bit number")
+    if isinstance(calibration, Tokens):
+        return calibration
     wanted = samples or DEFAULT_SAMPLES
     length = choose_seqlen(seqlen, config)
     given = _given(calibration, tokenizer, seqlen or context_length(config))
@@ -161,6 +164,12 @@ def evaluation_windows(source: str, tokenizer: Any, config: Any, seqlen: int | N
         raise OptionError(f"windows {windows}: {corpus.name} has {whole} windows of {length} tokens")
     count = windows or whole
     return Tokens(list(ids[: count * length].view(count, length)), corpus.name, len(ids))
+
+
+def usual_windows(source: str, tokenizer: Any, config: Any, seqlen: int | None) -> Tokens:
+    """Return the first 40 windows of a source, or as many as there are; raises as `evaluation_windows`."""
+    tokens = evaluation_windows(source, tokenizer, config, seqlen, None)
+    return Tokens(tokens.rows[:USUAL_WINDOWS], tokens.source, tokens.available)
 
 
 def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, list[Tensor]] | None:

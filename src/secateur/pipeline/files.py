@@ -1,11 +1,14 @@
-"""Small files written whole or not at all, and room on the disk."""
+"""Small files written whole or not at all, journals that only grow, and room on the disk."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError, unwritable
 
@@ -39,6 +42,52 @@ def write_text(path: Path, text: str) -> None:
         into_place(part, path)
     except OSError as error:
         raise OutputError(f"{path}: {unwritable(error)}") from error
+
+
+class Journal:
+    """A file of JSON lines that only grows; a line is on the disk before `note` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the lines that are there; one that was torn by a kill is dropped.
+
+        Raises:
+            OutputError: a whole line is damaged.
+        """
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        whole = b""
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            whole += line
+            try:
+                self.lines.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise OutputError(f"{path}: line {len(self.lines) + 1} is damaged") from None
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Append a line, and see it on the disk.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        try:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(event).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path.parent}: the journal {unwritable(error)}") from error
+        self.lines.append(dict(event))
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.path.unlink(missing_ok=True)
+        self.lines.clear()
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:

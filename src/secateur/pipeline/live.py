@@ -23,7 +23,7 @@ from .calibration import calibration_tokens
 from .files import write_text
 from .loop import prune_blocks
 from .machine import peak_memory_bytes, threads
-from .output import check_output, make_report
+from .output import Describe, check_output, make_report
 from .plan import Request, announce, make_plan
 from .run_directory import REPORT, RunDirectory, run_path
 from .stream import Stream
@@ -65,7 +65,13 @@ class LiveRun:
 
 
 def prune_live(
-    model: PreTrainedModel, request: Request, progress: Progress, *, tokenizer: Any = None, output: Path | None = None
+    model: PreTrainedModel,
+    request: Request,
+    progress: Progress,
+    *,
+    tokenizer: Any = None,
+    output: Path | None = None,
+    describe: Describe | None = None,
 ) -> dict[str, Any]:
     """Prune a model in memory, in place; it leaves as it came but for its zeros.
 
@@ -75,6 +81,7 @@ def prune_live(
         progress: hears of the work.
         tokenizer: in place of that of ``model.name_or_path``.
         output: where to save the result too.
+        describe: adds to the saved directory what people read.
 
     Returns:
         The report.
@@ -122,11 +129,13 @@ def prune_live(
         evaluation=None,
     )
     if output is not None:
-        _save_live(model, tokenizer, output, report)
+        _save_live(model, tokenizer, output, report, describe)
     return report
 
 
-def _save_live(model: PreTrainedModel, tokenizer: Any, output: Path, report: Mapping[str, Any]) -> None:
+def _save_live(
+    model: PreTrainedModel, tokenizer: Any, output: Path, report: Mapping[str, Any], describe: Describe | None
+) -> None:
     run = RunDirectory(output)
     try:
         target = run.path / "output"
@@ -136,6 +145,8 @@ def _save_live(model: PreTrainedModel, tokenizer: Any, output: Path, report: Map
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         write_text(target / REPORT, json.dumps(report, indent=1))
+        if describe:
+            describe(target, Path(model.name_or_path or "nowhere"))
         run.install()
     except OSError as error:
         raise OutputError(f"{output}: {unwritable(error)}") from error

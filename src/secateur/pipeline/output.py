@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from .plan import Plan
 from .run_directory import report_of
 
 SCHEMA = 1
+
+Describe = Callable[[Path, Path], None]  # adds to a finished directory what people read, given that of its source
 
 # What a model's directory holds besides weights: config, tokenizer, generation, licence.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")

@@ -19,7 +19,7 @@ from ..progress import Progress
 from .disk_run import DiskRun, name_if_packable
 from .files import check_room, write_text
 from .machine import software
-from .output import SCHEMA, check_output, write_checkpoint
+from .output import SCHEMA, Describe, check_output, write_checkpoint
 from .plan import check_format
 from .run_directory import REPORT, RunDirectory, finished_result, report_of
 
@@ -36,6 +36,7 @@ def pack_checkpoint(
     overwrite: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
+    describe: Describe | None = None,
 ) -> dict[str, Any]:
     """Pack the matrices of a pruned checkpoint, losslessly but for ``values="int8"``; go on where a killed run stopped.
 
@@ -72,11 +73,17 @@ def pack_checkpoint(
         return blocks
 
     what = {"command": "pack", "format": format, "values": values}
-    return _rewrite(model, output, what, work, progress, overwrite, resume, trust_remote_code)
+    return _rewrite(model, output, what, work, progress, overwrite, resume, trust_remote_code, describe)
 
 
 def unpack_checkpoint(
-    model: str, output: Path, progress: Progress, *, overwrite: bool = False, trust_remote_code: bool = False
+    model: str,
+    output: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    describe: Describe | None = None,
 ) -> dict[str, Any]:
     """Write a packed checkpoint dense again, as any other tool reads it.
 
@@ -89,7 +96,7 @@ def unpack_checkpoint(
             raise ModelError(f"{source.directory}: holds no packed matrices, so there is nothing to unpack")
         return []
 
-    return _rewrite(model, output, {"command": "unpack"}, work, progress, overwrite, True, trust_remote_code)
+    return _rewrite(model, output, {"command": "unpack"}, work, progress, overwrite, True, trust_remote_code, describe)
 
 
 def _rewrite(
@@ -101,6 +108,7 @@ def _rewrite(
     overwrite: bool,
     resume: bool,
     trust_remote_code: bool,
+    describe: Describe | None,
 ) -> dict[str, Any]:
     path = locate(model, trust_remote_code)
     check_output(output, path, overwrite)
@@ -126,6 +134,8 @@ def _rewrite(
         write_checkpoint(source, blocks, target, None, progress)
         report = _report(source, Checkpoint.open(target), plan, run.blocks)
         write_text(target / REPORT, json.dumps(report, indent=1))
+        if describe:
+            describe(target, source.directory)
         run.install()
         return report
     except OSError as error:

@@ -56,6 +56,7 @@ class Request:
     trust_remote_code: bool = False
     format: str = "dense"
     values: str | None = None
+    search: Mapping[str, Any] | None = None
 
     def check(self) -> None:
         """Raise OptionError for what can be refused before a model is opened."""
@@ -157,6 +158,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "threads": torch.get_num_threads(),
         "micro_batch_tokens": MICRO_BATCH_TOKENS,
         "evaluate": {"source": request.evaluate, "seqlen": request.seqlen} if request.evaluate else None,
+        "search": request.search,
         "software": software(),
     }
     readable = [m for m in chosen if m.name not in closed]

@@ -25,7 +25,7 @@ from .estimate import estimate
 from .files import check_room, write_text
 from .loop import prune_blocks
 from .machine import choose_device, peak_memory_bytes, threads
-from .output import check_output, make_report, write_checkpoint
+from .output import Describe, check_output, make_report, write_checkpoint
 from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
 from .run_directory import REPORT, RunDirectory, finished_result
@@ -44,6 +44,7 @@ def prune_checkpoint(
     *,
     tokenizer: Any = None,
     evaluate: Evaluate | None = None,
+    describe: Describe | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = True,
@@ -57,6 +58,7 @@ def prune_checkpoint(
         progress: hears of the work.
         tokenizer: in place of the model's own.
         evaluate: measures a checkpoint's directory; called before and after.
+        describe: adds to the finished directory what people read.
         dry_run: plan only, write nothing, and return the plan with estimates.
         overwrite: replace a result of ours.
         resume: go on with an earlier run.
@@ -83,7 +85,7 @@ def prune_checkpoint(
                 return finished
             run.begin(plan.record)
             announce(plan)
-            return _run(run, host, source, tokens, plan, path, progress, evaluate)
+            return _run(run, host, source, tokens, plan, path, progress, evaluate, describe)
     except OSError as error:
         raise OutputError(f"{error.filename or run.path}: {unwritable(error)}") from error
     finally:
@@ -118,6 +120,7 @@ def _run(
     path: Path,
     progress: Progress,
     evaluate: Evaluate | None,
+    describe: Describe | None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     needed = estimate(plan, host, tokens)["estimate"]["disk_bytes"]
@@ -144,6 +147,8 @@ def _run(
         evaluation={"before": before, "after": after} if after else None,
     )
     write_text(target / REPORT, json.dumps(report, indent=1))
+    if describe:
+        describe(target, source.directory)
     run.install()
     return report
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import OutputError, ResumeError, unwritable
 from ..models.formats import Packing
 from ..models.shards import Info, read_header, tensor_entry, with_packed, write_safetensors
-from .files import into_place, write_text
+from .files import Journal, into_place, write_text
 from .machine import boot_id
 
 log = logging.getLogger("secateur")
@@ -41,7 +41,7 @@ REPORT = "secateur.json"
 OURS = re.compile(r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|hidden|output|former|source-.*")
 
 # Entries of the plan that do not change the result.
-COMMENTS = frozenset({"evaluate", "software"})
+COMMENTS = frozenset({"evaluate", "search", "software"})
 
 
 class RunDirectory:
@@ -92,7 +92,10 @@ class RunDirectory:
             shutil.rmtree(self.path / "former", ignore_errors=True)
         if not resume or not (self.path / "plan.json").exists():  # killed while it was being removed
             self._empty(keep="source-*")
-        self.journal = self._read_journal()
+        try:
+            self._journal = Journal(self.path / "journal.jsonl")
+        except OutputError as error:
+            raise ResumeError(f"{error}; --no-resume begins anew") from None
 
     def _empty(self, keep: str = "") -> None:
         for child in self.path.iterdir():
@@ -103,35 +106,14 @@ class RunDirectory:
             elif child.name != "lock":
                 child.unlink()
 
-    def _read_journal(self) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
-        path = self.path / "journal.jsonl"
-        if not path.exists():
-            return lines
-        whole = b""
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break  # torn by a kill while it was written
-            whole += line
-            try:
-                lines.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                raise ResumeError(f"{path}: line {len(lines) + 1} is damaged; --no-resume begins anew") from None
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-        return lines
-
     def note(self, event: dict[str, Any]) -> None:
         """Append a line to the journal, and see it on the disk."""
-        event = {**event, "boot": boot_id()}
-        try:
-            with (self.path / "journal.jsonl").open("ab") as file:
-                file.write(json.dumps(event).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"{self.path}: the journal {unwritable(error)}") from error
-        self.journal.append(event)
+        self._journal.note({**event, "boot": boot_id()})
+
+    @property
+    def journal(self) -> list[dict[str, Any]]:
+        """The journal's lines."""
+        return self._journal.lines
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Freeze the plan, or check that it is the one that an earlier run froze.
@@ -150,8 +132,7 @@ class RunDirectory:
                 "use the former options to go on, or --no-resume to begin anew"
             )
         if differing:
-            (self.path / "journal.jsonl").unlink(missing_ok=True)
-            self.journal.clear()
+            self._journal.clear()
         if differing or not path.exists():
             write_text(path, json.dumps(plan, indent=2))
 

@@ -131,22 +131,6 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
-def evaluation_table(model: str, evaluation: Mapping[str, Any]) -> Table:
-    """One perplexity, and on what it was measured."""
-    table = Table(title=escape(model))
-    for heading in ("text", "window", "windows", "tokens", "of the text's", "perplexity"):
-        table.add_column(heading, justify="left" if heading == "text" else "right")
-    table.add_row(
-        evaluation["text"],
-        f"{evaluation['seqlen']} tokens",
-        str(evaluation["windows"]),
-        f"{evaluation['tokens']:,}",
-        f"{evaluation['available_tokens']:,}",
-        number(evaluation["perplexity"]),
-    )
-    return table
-
-
 def inspection_table(model: str, found: Mapping[str, Any]) -> Table:
     """One row per kind of matrix, over all blocks, and the total."""
     table = Table(title=f"{escape(model)}: {found['model_type']}, {found['blocks']} blocks")

@@ -1,0 +1,226 @@
+"""Making models: prune, pack, unpack."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import ModelError, OptionError
+from ..evaluation.fidelity import Reading
+from ..evaluation.perplexity import perplexity
+from ..models.gguf import as_checkpoint
+from ..models.hosts import DiskHost
+from ..models.source import load_model, load_tokenizer, locate, open_checkpoint
+from ..pipeline.calibration import usual_windows
+from ..pipeline.live import prune_live
+from ..pipeline.machine import choose_device
+from ..pipeline.packing import pack_checkpoint, unpack_checkpoint
+from ..pipeline.plan import Request
+from ..pipeline.prune import prune_checkpoint
+from ..progress import Progress
+from ..pruning import Method
+from ..report.terminal import terminal_progress
+from .places import output_path, write_card
+from .searching import search_path, sought
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` gives back.
+
+    Attributes:
+        model: the pruned model, if one is in memory.
+        path: the output directory, if one was written.
+        report: the contents of ``secateur.json`` (docs/json.md).
+    """
+
+    model: PreTrainedModel | None
+    path: Path | None
+    report: dict[str, Any]
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    output: str | Path | None = None,
+    *,
+    method: str | Method = "wanda",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    calibration: Any = "c4",
+    samples: int | None = None,
+    seqlen: int | None = None,
+    seed: int = 0,
+    allocation: str | Mapping[str, float | str] | Sequence[float] = "uniform",
+    propagate: str = "block",
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    format: str = "dense",
+    values: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    evaluate: str | None = None,
+    max_loss: float | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prune a model in one shot.
+
+    A path or hub id with `output` is pruned from disk to disk, one block in memory at a time, and a killed run
+    goes on where it stopped. A live model is pruned in place. A path without `output` is loaded, pruned and
+    given back.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model.
+        output: directory of the new checkpoint.
+        method: ``magnitude``, ``wanda``, ``ria``, ``sparsegpt`` with options (``sparsegpt:damping=0.02``), or a
+            `Method` of your own.
+        sparsity: fraction of weights removed, in [0, 1); None is 0.5, or what an N:M pattern implies.
+        pattern: ``row``, ``matrix``, ``N:M`` (keep N of M), ``block:RxC``; None is the method's own.
+        calibration: a SOURCE, strings, token ids [samples, seqlen], records, or a tokenizer's batch.
+        samples: calibration sequences; None is 128, or as many as there are.
+        seqlen: tokens of a sequence; None is min(2048, context).
+        seed: of the random crops.
+        allocation: ``uniform``, a YAML file, a mapping of blocks or expressions to sparsities, or one number a block.
+        propagate: what later matrices see: ``block``, the pruned blocks before them; ``dense``, the unpruned model;
+            ``sequential``, every pruned matrix before them, at the cost of one forward in place of two.
+        include: expressions; only matrices in whose name one is found.
+        exclude: expressions; no matrix in whose name one is found.
+        format: of the pruned matrices: ``dense``, ``bitmask`` (any zeros), ``nm`` (N:M with M up to 16).
+        values: ``int8`` rounds packed values to 8 bits, with a scale for each row; None keeps them exactly.
+        dtype: of the written tensors; ``auto`` is the source's.
+        device: where to compute; ``auto`` is a GPU if there is one.
+        threads: for torch; None leaves them alone.
+        evaluate: a SOURCE on which perplexity is measured before and after.
+        max_loss: in place of a sparsity: the largest is sought whose loss on `evaluate`'s text (None is
+            ``wikitext2``), in nats per token, rises by at most this.
+        dry_run: plan and estimate only; the report is the plan.
+        overwrite: replace an earlier result of Secateur.
+        resume: go on with an unfinished run.
+        trust_remote_code: let Python code that comes with the model run.
+        tokenizer: in place of the model's own.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    progress = progress or terminal_progress(lines=False)
+    request = Request(
+        method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
+        seed=seed, allocation=allocation, propagate=propagate, include=include, exclude=exclude, dtype=dtype,
+        device=device, threads=threads, evaluate=evaluate, trust_remote_code=trust_remote_code,
+        format=format, values=values,
+    )  # fmt: skip
+    if isinstance(model, PreTrainedModel) or output is None:
+        if evaluate or max_loss is not None or dry_run or dtype != "auto" or format != "dense":
+            raise OptionError(
+                "evaluate, max_loss, dry_run, dtype and format are for pruning from disk to disk: give a model's name "
+                "and output"
+            )
+        if not isinstance(model, PreTrainedModel):
+            live, own = _load(str(model), request)
+            tokenizer = tokenizer or own
+        else:
+            live = model
+        target = None if output is None else output_path(output)
+        report = prune_live(live, request, progress, tokenizer=tokenizer, output=target, describe=write_card)
+        return PruneResult(live, target, report)
+
+    place = output_path(output)
+    if max_loss is not None:
+        request = sought(str(model), place, request, max_loss, progress, dry_run=dry_run, overwrite=overwrite)
+
+    def measure(directory: Path) -> dict[str, Any]:
+        host = DiskHost(open_checkpoint(directory, trust_remote_code), choose_device(device))
+        words = tokenizer or load_tokenizer(directory, trust_remote_code)
+        tokens = usual_windows(str(request.evaluate), words, host.model.config, seqlen)
+        with tempfile.TemporaryDirectory() as folder:
+            return perplexity(Reading(host, tokens, Path(folder)), progress)
+
+    report = prune_checkpoint(
+        str(model), place, request, progress, tokenizer=tokenizer, evaluate=measure if request.evaluate else None,
+        describe=write_card, dry_run=dry_run, overwrite=overwrite, resume=resume,
+    )  # fmt: skip
+    if max_loss is not None:
+        shutil.rmtree(search_path(place), ignore_errors=True)
+    return PruneResult(None, None if dry_run else place, report)
+
+
+def pack(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str = "bitmask",
+    values: str | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Pack the matrices of a pruned checkpoint, so that it is smaller on disk and in memory (docs/formats.md).
+
+    Args:
+        model: directory, hub id or ``.gguf`` file of a model that was pruned, by whatever tool.
+        output: directory of the packed checkpoint.
+        format: ``bitmask`` (any zeros) or ``nm`` (N:M with M up to 16).
+        values: ``int8`` rounds values to 8 bits, with a scale for each row; None keeps them exactly.
+        overwrite: replace an earlier result of Secateur.
+        resume: go on with an unfinished run.
+        trust_remote_code: let Python code that comes with the model run.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    return pack_checkpoint(
+        str(model), output_path(output), format, values, progress or terminal_progress(lines=False),
+        overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, describe=write_card,
+    )  # fmt: skip
+
+
+def unpack(
+    model: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a packed checkpoint dense again, as any other tool reads it.
+
+    Args:
+        model: directory or hub id of a checkpoint that Secateur packed.
+        output: directory of the dense checkpoint.
+        overwrite: replace an earlier result of Secateur.
+        trust_remote_code: let Python code that comes with the model run.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    return unpack_checkpoint(
+        str(model), output_path(output), progress or terminal_progress(lines=False), overwrite=overwrite,
+        trust_remote_code=trust_remote_code, describe=write_card,
+    )  # fmt: skip
+
+
+def _load(model: str, request: Request) -> tuple[PreTrainedModel, Any]:
+    request.check()
+    with tempfile.TemporaryDirectory() as scratch:
+        trusted = request.trust_remote_code
+        directory = as_checkpoint(locate(model, trusted), Path(scratch))
+        if open_checkpoint(directory, trusted).packed:
+            raise ModelError(f"{model}: is packed; give an output as well, or unpack it first")
+        device = choose_device(request.device)
+        model_in_memory: PreTrainedModel = load_model(directory, "auto", trusted).to(device)
+        return model_in_memory, load_tokenizer(directory, trusted)

@@ -1,0 +1,339 @@
+"""Measuring: evaluate, inspect, generate, bench, compare, and the report of it all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import OptionError
+from ..evaluation.comparison import compare_models
+from ..evaluation.fidelity import Reading
+from ..evaluation.generation import continue_text
+from ..evaluation.grid import OWN, Grid
+from ..evaluation.inspection import inspect_matrices
+from ..evaluation.perplexity import perplexity
+from ..evaluation.questions import Questions, answer
+from ..evaluation.records import now, record_evaluation
+from ..evaluation.speed import Measurement, measure_speed
+from ..evaluation.subject import Conditions
+from ..evaluation.tasks import TaskOptions
+from ..models.gguf import as_checkpoint
+from ..models.hosts import LiveHost
+from ..models.source import load_tokenizer, locate
+from ..pipeline.calibration import evaluation_windows
+from ..pipeline.files import write_text
+from ..pipeline.machine import choose_device, processor, software
+from ..pipeline.machine import threads as using_threads
+from ..progress import Progress
+from ..report.card import refresh_card
+from ..report.comparison_markdown import comparison_markdown
+from ..report.terminal import terminal_progress
+from .places import command_line, opened, output_path
+
+DEFAULT_TEXT = "wikitext2"
+COMPARISON, MARKDOWN = "comparison.json", "comparison.md"
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    *,
+    text: str | None = None,
+    seqlen: int | None = None,
+    windows: int | None = None,
+    against: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    generations: int = 0,
+    device: str = "auto",
+    record: bool = True,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model: perplexity, one block in memory at a time; zero-shot tasks; how far it is from another model.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model (perplexity only).
+        text: a SOURCE for perplexity; of one with splits, its test split. None is ``wikitext2``, or no text at all if
+            only tasks are asked for.
+        seqlen: tokens of a window; None is min(2048, context).
+        windows: how many windows; None is all.
+        against: the dense model, asked the same: adds KL divergence, top-1 agreement and the distance by block.
+        tasks: of lm-eval, such as ``arc_easy``.
+        task_data: directory of ``TASK.validation.jsonl`` files in place of the hub's data sets.
+        batch_size: questions at once.
+        limit: questions of each task; None is all.
+        num_fewshot: solved examples before each question; None is the task's own number.
+        generations: how many texts the model goes on with.
+        device: where to compute.
+        record: append the result to ``evaluations.jsonl`` if the model is a directory that Secateur wrote.
+        trust_remote_code: let Python code that comes with the model run.
+        tokenizer: in place of the model's own.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Returns:
+        text, seqlen, windows, tokens, available_tokens, loss and perplexity; as asked for: fidelity, against, tasks,
+        generations (docs/json.md).
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    progress = progress or terminal_progress(lines=False)
+    asked = task_options(tasks, task_data, batch_size, limit, num_fewshot)
+    only_tasks = asked is not None and text is None and against is None and not generations
+    questions = Questions(None if only_tasks else text or DEFAULT_TEXT, seqlen, windows, asked, generations)
+    questions.check()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if isinstance(model, PreTrainedModel):
+            if against is not None or asked or generations:
+                raise OptionError("a live model: only its perplexity can be measured; save it and give its directory")
+            return _evaluate_live(model, questions, folder, trust_remote_code, tokenizer, progress)
+        host = stack.enter_context(opened(model, device, trust_remote_code))
+        dense: tuple[dict[str, Any], Reading | None] = ({}, None)
+        if against is not None:
+            other = stack.enter_context(opened(against, device, trust_remote_code))
+            dense = answer(other, questions, folder / "dense", progress, tokenizer=tokenizer, keep=True)
+        found, _ = answer(host, questions, folder / "model", progress, tokenizer=tokenizer, dense=dense[1])
+        if against is not None:
+            found["against"] = {"model": str(against), **dense[0]}
+        if record:
+            record_evaluation(host.checkpoint.directory, found)
+            refresh_card(host.checkpoint.directory)
+        return found
+
+
+def task_options(
+    tasks: Sequence[str], data: str | Path | None, batch_size: int, limit: int | None, shots: int | None
+) -> TaskOptions | None:
+    """Put together what is asked of tasks; None without any.
+
+    Raises:
+        OptionError: options of tasks without a task.
+    """
+    if not tasks:
+        if data is not None or limit is not None or shots is not None:
+            raise OptionError("task_data, limit and num_fewshot are for tasks; name some, such as --tasks arc_easy")
+        return None
+    return TaskOptions(tuple(tasks), None if data is None else Path(data), batch_size, limit, shots)
+
+
+def _evaluate_live(
+    model: PreTrainedModel,
+    questions: Questions,
+    folder: Path,
+    trust_remote_code: bool,
+    tokenizer: Any,
+    progress: Progress,
+) -> dict[str, Any]:
+    host = LiveHost(model)
+    words = tokenizer or load_tokenizer(model.name_or_path, trust_remote_code)
+    assert questions.text is not None
+    tokens = evaluation_windows(questions.text, words, model.config, questions.seqlen, questions.windows)
+    with host.borrowed():
+        return perplexity(Reading(host, tokens, folder), progress)
+
+
+def inspect(model: str | Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Look at a checkpoint's matrices: shape, sparsity, pattern, format, bytes.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file or ``smollm2``.
+        trust_remote_code: let Python code that comes with the model run.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    with opened(model, "cpu", trust_remote_code) as host:
+        return inspect_matrices(host, progress or terminal_progress(lines=False))
+
+
+def generate(
+    model: str | Path, prompt: str, *, tokens: int = 40, device: str = "auto", trust_remote_code: bool = False
+) -> str:
+    """Return what a model writes after a prompt, always taking the likeliest token.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file or ``smollm2``.
+        prompt: how the text begins.
+        tokens: how many tokens are added at most.
+        device: where to compute.
+        trust_remote_code: let Python code that comes with the model run.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = as_checkpoint(locate(str(model), trust_remote_code), Path(scratch))
+        return continue_text(directory, prompt, tokens, choose_device(device), trust_remote_code=trust_remote_code)
+
+
+def bench(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    batch: Sequence[int] = (1,),
+    prompt: int = 128,
+    tokens: int = 32,
+    rounds: int = 5,
+    threads: int | None = None,
+    prefer: str | None = None,
+    activations: str | None = None,
+    record: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model's bytes on disk, resident memory, and tokens per second in prefill and decode, on the CPU.
+
+    Args:
+        model: directory, hub id, ``.gguf`` file or ``smollm2``.
+        against: another model, timed in turn with the first.
+        batch: how many sequences at once, one measurement for each number.
+        prompt: tokens of each sequence before the first new one.
+        tokens: new tokens of each sequence.
+        rounds: how often everything is run; medians are taken.
+        threads: to compute with; None is torch's number.
+        prefer: of packed models, ``speed`` or ``memory`` (`secateur.optimize`).
+        activations: of packed models, ``int8`` or None (`secateur.optimize`).
+        record: append the result to ``evaluations.jsonl`` if the model is a directory that Secateur wrote.
+        trust_remote_code: let Python code that comes with the model run.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Returns:
+        The conditions, and for each model its numbers (docs/json.md).
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    measurement = Measurement(tuple(batch), prompt, tokens, rounds, threads, prefer, activations)
+    measurement.check()  # before a model is downloaded or made of a GGUF file
+    names = [str(name) for name in (model, against) if name is not None]
+    with tempfile.TemporaryDirectory() as scratch:
+        places = [
+            as_checkpoint(locate(name, trust_remote_code), Path(scratch) / str(number))
+            for number, name in enumerate(names)
+        ]
+        found = measure_speed(
+            list(zip(names, places, strict=True)), measurement, progress or terminal_progress(lines=False),
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if record:
+            record_evaluation(places[0], {"bench": found})
+            refresh_card(places[0])
+        return found
+
+
+def compare(
+    models: str | Path | Sequence[str | Path],
+    *,
+    methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt"),
+    sparsities: Sequence[float] = (0.5,),
+    patterns: Sequence[str] = (OWN,),
+    calibration: str | Sequence[str] = "c4",
+    samples: int | Sequence[int | None] | None = None,
+    seeds: Sequence[int] = (0,),
+    seqlen: int | None = None,
+    propagate: str = "block",
+    format: str = "bitmask",
+    values: str | None = None,
+    dtype: str = "auto",
+    text: str = DEFAULT_TEXT,
+    windows: int | None = 40,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    generations: int = 0,
+    bench: bool = False,
+    output: str | Path = "comparison",
+    device: str = "auto",
+    threads: int | None = None,
+    record: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure models dense, and pruned in every combination of methods, sparsities and patterns.
+
+    What is measured is kept in `output` and never measured twice: a stopped comparison goes on, and one with more
+    methods or another seed takes over what is there already.
+
+    Args:
+        models: directories, hub ids, ``.gguf`` files, ``smollm2``.
+        methods: with options (``sparsegpt:damping=0.02``).
+        sparsities: fractions removed; N:M patterns have their own.
+        patterns: ``own`` is each method's own; else as in `prune`.
+        calibration: one SOURCE or several.
+        samples: calibration sequences, one number or several; None is 128, or as many as there are.
+        seeds: of the random crops.
+        seqlen: tokens of a window, and of a calibration sequence; None is min(2048, context).
+        propagate: as in `prune`.
+        format: of the pruned matrices; decides bytes, memory and speed.
+        values: as in `prune`.
+        dtype: as in `prune`.
+        text: a SOURCE for perplexity.
+        windows: how many windows; None is all.
+        tasks: as in `evaluate`.
+        task_data: as in `evaluate`.
+        batch_size: as in `evaluate`.
+        limit: as in `evaluate`.
+        num_fewshot: as in `evaluate`.
+        generations: how many texts each model goes on with.
+        bench: measure memory and speed too, each pruned model in turn with its dense one.
+        output: directory of the comparison: measurements.jsonl, comparison.json, comparison.md.
+        device: where to compute.
+        threads: for torch; None leaves them alone.
+        record: append a dense model's evaluation to its ``evaluations.jsonl`` if Secateur wrote it.
+        trust_remote_code: let Python code that comes with the model run.
+        progress: hears of the work; None draws a bar if stderr is a terminal.
+
+    Returns:
+        The conditions, and a row for each model and cell, dense first (docs/json.md).
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do; of single cells only if all of them failed.
+    """
+    given = locals()
+    names = [str(name) for name in ([models] if isinstance(models, (str, Path)) else models)]
+    command, date = command_line(compare, names, given), now()
+    grid = Grid(
+        methods=tuple(methods), sparsities=tuple(sparsities), patterns=tuple(patterns), seeds=tuple(seeds),
+        calibrations=(calibration,) if isinstance(calibration, str) else tuple(calibration),
+        samples=(samples,) if samples is None or isinstance(samples, int) else tuple(samples),
+    )  # fmt: skip
+    with using_threads(threads):
+        conditions = Conditions(
+            text=text, windows=windows, seqlen=seqlen, propagate=propagate, format=format, values=values, dtype=dtype,
+            tasks=task_options(tasks, task_data, batch_size, limit, num_fewshot), generations=generations,
+            bench=Measurement((1,), 128, 32, 5, torch.get_num_threads()) if bench else None,
+            device=device, trust_remote_code=trust_remote_code, record=record,
+        )  # fmt: skip
+        cells = grid.cells(**conditions.pruning)
+        conditions.check()
+        folder = output_path(output)
+
+        def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            return {
+                "schema": 1, "command": command, "date": date, "processor": processor(),
+                "threads": torch.get_num_threads(), "software": software(), "rows": rows,
+            }  # fmt: skip
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            write_text(folder / COMPARISON, json.dumps(document(rows), indent=1) + "\n")
+            write_text(folder / MARKDOWN, comparison_markdown(document(rows)))
+
+        return document(
+            compare_models(names, cells, conditions, folder, progress or terminal_progress(lines=False), keep)
+        )

