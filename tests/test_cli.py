@@ -24,6 +24,7 @@ FUNCTIONS = {
     "generate": "generate",
     "bench": "bench",
     "compare": "compare",
+    "report": "report",
 }
 NOT_FLAGS = {"tokenizer", "progress"}  # objects, which no flag can name
 
@@ -95,7 +96,7 @@ def test_flags_are_keywords_with_the_same_defaults(command):
     assert set(flags) - {"as_json"} == set(keywords) - NOT_FLAGS
     for name, flag in flags.items():
         positional = name in ("model", "models", "output") or (command, name) == ("generate", "prompt")
-        positional &= (command, name) != ("compare", "output")
+        positional &= (command, name) not in (("compare", "output"), ("report", "output"))
         assert (flag.param_type_name == "argument") == positional
         if positional:
             continue

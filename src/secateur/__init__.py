@@ -24,7 +24,7 @@ from .runtime.register import register
 
 if TYPE_CHECKING:
     from . import pruning
-    from .api import PruneResult, bench, compare, evaluate, generate, inspect, pack, prune, unpack
+    from .api import PruneResult, bench, compare, evaluate, generate, inspect, pack, prune, report, unpack
     from .pruning import METHODS, Method, parse_method, parse_pattern
     from .runtime.arrangement import optimize
 
@@ -39,6 +39,7 @@ _LAZY = {
     "optimize": "runtime.arrangement",
     "pack": "api",
     "prune": "api",
+    "report": "api",
     "unpack": "api",
     "METHODS": "pruning",
     "Method": "pruning",
@@ -69,6 +70,7 @@ __all__ = [
     "parse_pattern",
     "prune",
     "pruning",
+    "report",
     "unpack",
 ]
 

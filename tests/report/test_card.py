@@ -13,7 +13,8 @@ import secateur
 from secateur.errors import OutputError
 from secateur.pipeline.plan import Request
 from secateur.pruning import METHODS
-from secateur.report.card import (
+from secateur.report.commands import prune_command
+from secateur.report.markdown.card import (
     BEGIN,
     CARD,
     END,
@@ -23,7 +24,6 @@ from secateur.report.card import (
     model_card,
     refresh_card,
 )
-from secateur.report.commands import prune_command
 from tiny import TEXT
 
 SOFTWARE = {"secateur": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "machine": "Linux x86_64"}
@@ -115,9 +115,9 @@ tags:
 
 # Model-1B, pruned with Wanda to 50%
 
-This is [`org/Model-1B`](https://huggingface.co/org/Model-1B) with 50.0% of the weights in its decoder's linear layers \
-set to zero, in one shot after training and without retraining. Embeddings, output head, norms and biases were not \
-pruned.
+This is [`org/Model-1B`](https://huggingface.co/org/Model-1B), with 50.0% of the weights in its decoder's linear \
+layers set to zero, in one shot after training and without retraining. Embeddings, output head, norms and biases were \
+not pruned.
 
 |  |  |
 | :-- | :-- |

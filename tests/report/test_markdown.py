@@ -6,10 +6,10 @@ import doctest
 import pytest
 from markdown_it import MarkdownIt
 
-from secateur.report import markdown
-from secateur.report.comparison_markdown import comparison_markdown
-from secateur.report.evaluation_markdown import evaluation_markdown
-from secateur.report.markdown import (
+from secateur.report.markdown import text as text_module
+from secateur.report.markdown.comparison import comparison_markdown
+from secateur.report.markdown.evaluation import evaluation_markdown
+from secateur.report.markdown.text import (
     markdown_code,
     markdown_fence,
     markdown_table,
@@ -302,7 +302,7 @@ def test_fidelity_is_shown_and_explained():
     text = evaluation_markdown([line], None)
     assert table_of(text)[0] == "| Perplexity on | This model | KL, nats | Top-1 | Measured |"
     assert "| 56.58 | 0.312 | 81.5% | 2026-11-22 |" in text
-    assert markdown.FIDELITY in text
+    assert text_module.FIDELITY in text
 
 
 def tasks(**changes):
@@ -393,5 +393,5 @@ def test_hostile_evaluations_make_no_links_and_break_no_table():
 
 
 def test_examples_in_docstrings():
-    found = doctest.testmod(markdown)
+    found = doctest.testmod(text_module)
     assert found.attempted >= 5 and found.failed == 0

@@ -25,7 +25,7 @@ from ..pipeline.plan import Request
 from ..pipeline.prune import prune_checkpoint
 from ..progress import Progress
 from ..pruning import Method
-from ..report.terminal import terminal_progress
+from ..report.terminal.progress import terminal_progress
 from .places import output_path, write_card
 from .searching import search_path, sought
 

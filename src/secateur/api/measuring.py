@@ -1,4 +1,4 @@
-"""Measuring: evaluate, inspect, generate, bench, compare, and the report of it all."""
+"""Measuring: evaluate, inspect, generate, bench, compare; and the report of it all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import OptionError
+from ..errors import OptionError, OutputError, unwritable
 from ..evaluation.comparison import compare_models
 from ..evaluation.fidelity import Reading
 from ..evaluation.generation import continue_text
@@ -32,9 +32,9 @@ from ..pipeline.files import write_text
 from ..pipeline.machine import choose_device, processor, software
 from ..pipeline.machine import threads as using_threads
 from ..progress import Progress
-from ..report.card import refresh_card
-from ..report.comparison_markdown import comparison_markdown
-from ..report.terminal import terminal_progress
+from ..report.markdown.card import refresh_card
+from ..report.markdown.comparison import comparison_markdown
+from ..report.terminal.progress import terminal_progress
 from .places import command_line, opened, output_path
 
 DEFAULT_TEXT = "wikitext2"
@@ -337,3 +337,31 @@ def compare(
         return document(
             compare_models(names, cells, conditions, folder, progress or terminal_progress(lines=False), keep)
         )
+
+
+def report(model: str | Path, *, output: str | Path = "report.html") -> Path:
+    """Write a page about what was pruned, measured or compared: one HTML file that needs nothing else.
+
+    Args:
+        model: a directory that `prune`, `pack` or `compare` wrote, an unfinished run, or a ``comparison.json``.
+        output: the file; a former one is replaced.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        SecateurError: one line that says what, where, and what to do.
+    """
+    from ..report.page.records import load_records
+    from ..report.page.render import render_page
+
+    target = output_path(output)
+    if target.is_dir():
+        raise OutputError(f"{target}: is a directory; give a file's name, such as {target / 'report.html'}")
+    page = render_page(load_records(output_path(model)))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target.parent}: {unwritable(error)}") from error
+    write_text(target, page)
+    return target

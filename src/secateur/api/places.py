@@ -16,7 +16,7 @@ from ..models.hosts import DiskHost
 from ..models.source import locate, open_checkpoint
 from ..pipeline.files import write_text
 from ..pipeline.machine import choose_device
-from ..report.card import model_card
+from ..report.markdown.card import model_card
 
 README = "README.md"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated
 
 import typer
@@ -87,7 +86,7 @@ def prune(
 ) -> None:
     """Prune a model into a new checkpoint, block by block, without retraining."""
     from .. import api
-    from ..report.tables import plan_table, prune_table
+    from ..report.terminal.tables import plan_table, prune_table
 
     result = api.prune(
         model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
@@ -97,8 +96,8 @@ def prune(
         trust_remote_code=trust_remote_code, progress=screen.progress(),
     )  # fmt: skip
     screen.show({"schema": 1, **result.report}, plan_table if dry_run else prune_table, as_json)
-    if not dry_run and not as_json and logging.getLogger("secateur").isEnabledFor(logging.INFO):
-        screen.note(f"written to {output}")
+    if not dry_run and not as_json:
+        screen.say(f"written to {output}")
 
 
 @app.command()
@@ -116,7 +115,7 @@ def pack(
 ) -> None:
     """Pack a pruned checkpoint: smaller on disk and in memory, and it opens with from_pretrained."""
     from .. import api
-    from ..report.tables import packing_table
+    from ..report.terminal.tables import packing_table
 
     report = api.pack(
         model, output, format=format, values=values, overwrite=overwrite, resume=resume,
@@ -135,7 +134,7 @@ def unpack(
 ) -> None:
     """Write a packed checkpoint dense again, as any other tool reads it."""
     from .. import api
-    from ..report.tables import packing_table
+    from ..report.terminal.tables import packing_table
 
     report = api.unpack(
         model, output, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=screen.progress()

@@ -1,4 +1,4 @@
-"""Commands that measure models: eval, inspect, generate, bench, compare."""
+"""Commands that measure models: eval, inspect, generate, bench, compare; and report."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def evaluate(
 ) -> None:
     """Measure a model: perplexity, zero-shot tasks, and how far it is from the dense one."""
     from .. import api
-    from ..report.evidence import evaluation_table
+    from ..report.terminal.evidence import evaluation_table
 
     found = api.evaluate(
         model, text=text, seqlen=seqlen, windows=windows, against=against, tasks=words(tasks), task_data=task_data,
@@ -106,7 +106,7 @@ def compare(
 ) -> None:
     """Measure models dense and pruned in every combination; what is measured is never measured twice."""
     from .. import api
-    from ..report.evidence import comparison_table
+    from ..report.terminal.evidence import comparison_table
 
     found = api.compare(
         models, methods=words(methods), sparsities=[fraction(word) for word in words(sparsities)],
@@ -124,7 +124,7 @@ def compare(
 def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: Json = False) -> None:
     """Show each matrix's shape, sparsity, pattern, format and bytes."""
     from .. import api
-    from ..report.tables import inspection_table
+    from ..report.terminal.tables import inspection_table
 
     found = api.inspect(model, trust_remote_code=trust_remote_code, progress=screen.progress())
     screen.show({"schema": 1, "model": model, **found}, lambda f: inspection_table(model, f), as_json)
@@ -141,7 +141,7 @@ def generate(
 ) -> None:
     """Let a model go on with a text: a quick look with your own eyes."""
     from .. import api
-    from ..report.tables import generation_text
+    from ..report.terminal.tables import generation_text
 
     continuation = api.generate(model, prompt, tokens=tokens, device=device, trust_remote_code=trust_remote_code)
     found = {"schema": 1, "model": model, "prompt": prompt, "continuation": continuation}
@@ -173,7 +173,7 @@ def bench(
 ) -> None:
     """Measure bytes on disk, resident memory and tokens per second, of one model or of two in turn."""
     from .. import api
-    from ..report.tables import speed_table
+    from ..report.terminal.tables import speed_table
 
     found = api.bench(
         model, against=against, batch=numbers(batch), prompt=prompt, tokens=tokens, rounds=rounds, threads=threads,
@@ -181,3 +181,19 @@ def bench(
         progress=screen.progress(),
     )  # fmt: skip
     screen.show({"schema": 1, **found}, speed_table, as_json)
+
+
+@app.command()
+def report(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN", help="What prune, pack or compare wrote, or an unfinished run.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page about what was pruned, measured or compared."""
+    from .. import api
+
+    screen.say(f"written to {api.report(model, output=output)}")

@@ -29,6 +29,12 @@ class _Stderr(logging.Handler):
         note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
 
 
+def say(text: str) -> None:
+    """Write one line to stderr that is no warning, unless -q silences it."""
+    if logging.getLogger("secateur").isEnabledFor(logging.INFO):
+        note(text)
+
+
 def note(text: str) -> None:
     """Write one line to stderr."""
     print("\\n".join(text.splitlines()), file=sys.stderr, flush=True)  # a name may have a line's end in it
@@ -36,7 +42,7 @@ def note(text: str) -> None:
 
 def progress() -> Any:
     """The progress that fits stderr, and -q."""
-    from ..report.terminal import terminal_progress
+    from ..report.terminal.progress import terminal_progress
 
     return terminal_progress(quiet=not logging.getLogger("secateur").isEnabledFor(logging.INFO))
 

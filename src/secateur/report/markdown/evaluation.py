@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from .markdown import (
+from ..words import size
+from .text import (
     FIDELITY,
     NOTHING,
     Column,
@@ -21,7 +22,6 @@ from .markdown import (
     shown,
     table_of,
 )
-from .tables import size
 
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)  # records not as we write them
 

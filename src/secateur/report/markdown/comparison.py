@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .markdown import (
+from ..words import duration, size
+from .text import (
     FIDELITY,
     Column,
     Row,
@@ -22,7 +23,6 @@ from .markdown import (
     table_of,
     versions,
 )
-from .tables import duration, size
 
 
 def comparison_markdown(document: Mapping[str, Any]) -> str:

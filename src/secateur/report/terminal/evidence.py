@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .tables import duration, number, size, windows
+from ..words import duration, number, size, windows
 
 
 def evaluation_table(model: str, found: Mapping[str, Any]) -> Group:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from ..progress import Progress, Silent
+from ...progress import Progress, Silent
 
 EVERY_SECONDS = 10
 

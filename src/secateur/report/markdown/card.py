@@ -12,15 +12,17 @@ from typing import Any
 
 import yaml
 
-from ..errors import OutputError
-from ..evaluation.records import EVALUATIONS
-from ..models.source import SMOLLM2
-from ..pipeline.files import write_text
-from ..pipeline.run_directory import report_of
-from ..pruning import METHODS
-from .commands import ALLOCATION, option_words, prune_command
-from .evaluation_markdown import DAMAGED, evaluation_markdown
-from .markdown import (
+from ...errors import OutputError
+from ...evaluation.records import EVALUATIONS
+from ...models.source import SMOLLM2
+from ...pipeline.files import write_text
+from ...pipeline.run_directory import report_of
+from ...pruning import METHODS
+from ..commands import ALLOCATION, option_words, prune_command
+from ..words import duration, packed_words, size
+from .evaluation import DAMAGED, evaluation_markdown
+from .papers import PAPERS
+from .text import (
     calibrated_on,
     markdown_code,
     markdown_fence,
@@ -30,8 +32,6 @@ from .markdown import (
     short_name,
     versions,
 )
-from .papers import PAPERS
-from .tables import duration, packed_words, size
 
 CARD = "README.md"
 BEGIN, END = "<!-- secateur:evaluation -->", "<!-- /secateur:evaluation -->"
@@ -175,7 +175,7 @@ def _summary(report: Report) -> str:
         narrowed = pruned["plan"]["include"] or pruned["plan"]["exclude"]
         where = "those of its linear layers that were selected" if narrowed else "its decoder's linear layers"
         sentences = [
-            f"This is {_base(report)} with {pruned['sparsity']:.1%} of the weights in {where} set to zero, in one "
+            f"This is {_base(report)}, with {pruned['sparsity']:.1%} of the weights in {where} set to zero, in one "
             "shot after training and without retraining. Embeddings, output head, norms and biases were not pruned."
         ]
     if packed := report["packed"]:

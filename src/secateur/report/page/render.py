@@ -1,0 +1,40 @@
+"""Records -> one HTML file that needs nothing else: no script, no request, the same bytes for the same data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .comparison import comparison_page
+from .pruned import model_page
+from .records import Records
+from .wording import tidy
+
+
+def render_page(records: Records) -> str:
+    """Make a page of recorded data.
+
+    Args:
+        records: what `load_records` read.
+
+    Returns:
+        An HTML document; a pure function of the records.
+    """
+    records = replace(
+        records,
+        name=tidy(records.name),
+        report=tidy(records.report),
+        evaluations=tidy(records.evaluations),
+        comparisons=tidy(records.comparisons),
+    )
+    page = comparison_page(records) if records.kind == "comparison" else model_page(records)
+    sections = [section for section in page.sections if not section.empty]
+    environment = Environment(
+        loader=PackageLoader("secateur", "report/page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(page=page, sections=sections)

@@ -1,0 +1,155 @@
+"""What recorded data must hold for a page to be made of it: a key with a question mark may be absent or null."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import DataError
+
+NUMBER = (int, float)
+
+GENERATION = {"prompt": str, "continuation": str, "repetition?": NUMBER}
+TASK = {"task": str, "shots?": int, "questions?": int, "metrics": {"*": {"value?": NUMBER, "stderr?": NUMBER}}}
+TASKS = {"results": [TASK], "mean?": NUMBER}
+AGAINST = {"model": str, "loss?": NUMBER, "perplexity?": NUMBER, "tasks?": TASKS, "generations?": [GENERATION]}
+FIDELITY = {"kl?": NUMBER, "top1?": NUMBER, "blocks?": [(*NUMBER, type(None))]}
+MEASURED = {"text": str, "seqlen": int, "windows": int, "tokens": int, "available_tokens": int}
+EVALUATION = {
+    "loss?": NUMBER,
+    "perplexity?": NUMBER,
+    "fidelity?": FIDELITY,
+    "against?": AGAINST,
+    "tasks?": TASKS,
+    "generations?": [GENERATION],
+}
+SPEED = {"median": NUMBER, "slowest": NUMBER, "fastest": NUMBER}
+ARRANGEMENT = {"kernels?": str, "packed": int, "unpacked": int, "activations8?": int}
+TIMED = {
+    "name": str,
+    "dtype": str,
+    "bytes?": NUMBER,
+    "resident_bytes?": NUMBER,
+    "speeds": [{"batch": int, "prefill": SPEED, "decode": SPEED}],
+    "arrangement?": ARRANGEMENT,
+    "not_measured?": {"*": str},
+}
+BENCH = {"processor": str, "threads": int, "prompt": int, "tokens": int, "rounds": int, "models": [TIMED]}
+
+
+def evaluation_line(value: Any) -> dict[str, Any]:
+    """An evaluation, which must say on what a perplexity was measured if it has one."""
+    measured = MEASURED if isinstance(value, dict) and value.get("text") is not None else {}
+    return {**EVALUATION, **measured, "date?": str, "software?": {}, "bench?": BENCH}
+
+
+MATRIX = {"name": str, "shape": [int], "zeros": NUMBER, "output_error?": NUMBER}
+BLOCK = {"block": int, "seconds": NUMBER, "output_error?": NUMBER}
+JOURNAL_BLOCK = {**BLOCK, "matrices": [MATRIX]}
+MODEL = {"name": str, "digest?": str}
+CALIBRATION = {"source": str, "samples": int, "seqlen": int, "tokens": int, "seed": int, "digest?": str}
+PLAN = {
+    "model": MODEL,
+    "method": str,
+    "pattern": str,
+    "sparsity": NUMBER,
+    "calibration?": CALIBRATION,
+    "propagate": str,
+    "include?": [str],
+    "exclude?": [str],
+    "format?": str,
+    "values?": str,
+    "dtype?": str,
+    "device?": str,
+    "threads": int,
+    "micro_batch_tokens?": int,
+    "evaluate?": {"source": str, "seqlen?": int},
+    "software?": {},
+}
+BYTES_PACKED = {"matrices": int, "dense": NUMBER, "predicted": NUMBER, "true": NUMBER}
+PRUNED: dict[str, Any] = {
+    "plan": PLAN,
+    "sparsity": NUMBER,
+    "weights": NUMBER,
+    "zeros": NUMBER,
+    "dense_matrices?": [str],
+    "left_out?": [str],
+    "matrices": [{**MATRIX, "block": int, "sparsity": NUMBER}],
+    "blocks": [BLOCK],
+    "seconds": {"pruning": NUMBER},
+    "peak_memory_bytes?": NUMBER,
+    "bytes?": {"source_files": NUMBER, "dense_16_bit": NUMBER, "output": NUMBER},
+    "packed?": BYTES_PACKED,
+    "evaluation?": {"before": {**EVALUATION, **MEASURED}, "after": {**EVALUATION, **MEASURED}},
+}
+PACKED: dict[str, Any] = {
+    "plan": {"command": str, "format?": str, "values?": str, "model": MODEL, "software?": {}},
+    "bytes": {"source": NUMBER, "output": NUMBER},
+    "packed?": BYTES_PACKED,
+    "dense_matrices?": [str],
+    "pruned?": PRUNED,
+}
+ROW = {
+    "model": str,
+    "method": str,
+    "pattern?": str,
+    "sparsity?": NUMBER,
+    "target?": NUMBER,
+    "calibration?": CALIBRATION,
+    "propagate?": str,
+    "format?": str,
+    "evaluation?": evaluation_line,
+    "loss_increase?": NUMBER,
+    "perplexity_increase?": NUMBER,
+    "perplexity_ratio?": NUMBER,
+    "tasks?": TASKS,
+    "task_mean_change?": NUMBER,
+    "seconds?": NUMBER,
+    "peak_memory_bytes?": NUMBER,
+    "bytes?": NUMBER,
+    "bytes_ratio?": NUMBER,
+    "bench?": BENCH,
+    "decode_ratio?": NUMBER,
+    "resident_ratio?": NUMBER,
+    "generations?": [GENERATION],
+    "error?": str,
+}
+COMPARISON: dict[str, Any] = {
+    "command?": str,
+    "date?": str,
+    "software?": {},
+    "processor?": str,
+    "threads?": int,
+    "rows": [ROW],
+}
+
+
+def check(value: Any, shape: Any, where: str) -> None:
+    """Compare recorded data with what it must hold.
+
+    Args:
+        value: recorded data.
+        shape: a type or several; a list of one shape; a dict of shapes by key, of which ``*`` stands for every key;
+            or a function that tells the shape from the value.
+        where: file and place, for the error.
+
+    Raises:
+        DataError: something is missing or of another type.
+    """
+    if callable(shape) and not isinstance(shape, type):
+        shape = shape(value)
+    kind: Any = type(shape) if isinstance(shape, (dict, list)) else shape
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise DataError(f"{where} is {type(value).__name__}, which does not belong there; the file is damaged")
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            check(item, shape[0], f"{where}[{index}]")
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if key == "*":
+                for other, item in value.items():
+                    check(item, inner, f"{where}: {other[:80]}")
+            elif value.get(name) is not None:
+                check(value[name], inner, f"{where}: {name}")
+            elif name == key:
+                raise DataError(f"{where}: {name} is missing; the file is damaged")

@@ -1,0 +1,196 @@
+"""Recorded data of every kind, small enough to be worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+SOFTWARE = {"secateur": "0.1.0", "torch": "2.13.0", "machine": "Linux x86_64"}
+HOSTILE = (
+    "<script>alert(1)</script>\"' </style></title>--> \x1b[31mred\x1b[0m \u202egnp.exe\u202c $x^2$ $\\frac{ {{ 7*7 }} "
+    "{% raw %} &amp; \n\n line\x00 \ud800 日本語 שלום "
+)
+
+
+def perplexity(loss: float, value: float | None, text: str = "wiki") -> Json:
+    counts = {"seqlen": 8, "windows": 4, "tokens": 32, "available_tokens": 99}
+    return {"text": text, **counts, "loss": loss, "perplexity": value}
+
+
+def task(name: str, value: float, error: float) -> Json:
+    return {"task": name, "shots": 0, "questions": 100, "metrics": {"acc": {"value": value, "stderr": error}}}
+
+
+def tasks(*results: Json) -> Json:
+    return {"results": list(results), "mean": sum(r["metrics"]["acc"]["value"] for r in results) / len(results)}
+
+
+def timed(name: str, resident: int, decode: float) -> Json:
+    speed = {"median": decode, "slowest": decode / 2, "fastest": decode * 2}
+    arrangement = {"kernels": "avx2", "packed": 3, "unpacked": 1, "activations8": 0}
+    return {
+        "name": name, "dtype": "float32", "bytes": 1000, "resident_bytes": resident,
+        "speeds": [{"batch": 1, "prefill": speed, "decode": speed}], "other_dtypes": {}, "not_measured": {},
+        "arrangement": arrangement if name == "out" else None,
+    }  # fmt: skip
+
+
+def bench(decode: float = 30.0) -> Json:
+    conditions = {"processor": "EPYC", "threads": 2, "prompt": 16, "tokens": 4, "rounds": 3, "software": SOFTWARE}
+    return {**conditions, "models": [timed("out", 500, decode), timed("dense", 2000, 20.0)]}
+
+
+def matrix(name: str, block: int, shape: list[int], zeros: int, error: float | None) -> Json:
+    counts = {"pattern": "row", "target": 0.5, "pruned": zeros, "zeros": zeros, "tokens": 32}
+    sparsity = zeros / (shape[0] * shape[1])
+    return {"name": name, "block": block, "shape": shape, **counts, "sparsity": sparsity, "output_error": error}
+
+
+def a_pruning() -> Json:
+    """The report of a pruning of two blocks, one of them with two experts of unequal size."""
+    plan = {
+        "model": {"name": "tiny", "digest": "ab12"}, "method": "sparsegpt", "pattern": "row", "sparsity": 0.5,
+        "calibration": {"source": "c4", "samples": 4, "seqlen": 8, "tokens": 32, "seed": 7, "digest": "cd34"},
+        "allocation": "uniform", "propagate": "block", "include": [], "exclude": ["lm head"], "format": "dense",
+        "values": None, "dtype": "auto", "device": "cpu", "threads": 2, "micro_batch_tokens": 4096,
+        "evaluate": {"source": "wikitext2", "seqlen": None}, "software": SOFTWARE,
+    }  # fmt: skip
+    matrices = [
+        matrix("model.layers.0.attn.q_proj", 0, [4, 4], 8, 0.125),
+        matrix("model.layers.0.mlp.experts.up[0]", 0, [2, 4], 2, 0.125),
+        matrix("model.layers.0.mlp.experts.up[1]", 0, [6, 4], 18, 0.5),
+        matrix("model.layers.1.attn.q_proj", 1, [4, 4], 4, None),
+    ]
+    return {
+        "schema": 1, "plan": plan, "sparsity": 0.5, "weights": 64, "zeros": 32, "dense_matrices": ["layers.1.o"],
+        "left_out": [], "matrices": matrices,
+        "blocks": [
+            {"block": 0, "seconds": 1.5, "output_error": 0.25},
+            {"block": 1, "seconds": 2.5, "output_error": 0.5},
+        ],
+        "seconds": {"pruning": 4.0, "this_process": 9.0}, "peak_memory_bytes": 2_000_000,
+        "bytes": {"source_files": 900, "dense_16_bit": 1000, "output": 750}, "packed": None,
+        "evaluation": {"before": perplexity(3.0, 20.0), "after": perplexity(4.0, 50.0)},
+    }  # fmt: skip
+
+
+def evaluations() -> list[Json]:
+    """Evaluations of everything that can be measured."""
+    dense = {
+        "model": "tiny",
+        "loss": 3.0,
+        "perplexity": 20.0,
+        "tasks": tasks(task("arc", 0.5, 0.03), task("piqa", 0.7, 0.02)),
+    }
+    prompts = [{"prompt": "Once upon", "continuation": " a time", "repetition": 0.0}]
+    written = [{"prompt": "Once upon", "continuation": " a a a a a", "repetition": 0.75}]
+    full = {
+        "schema": 1, "date": "2026-11-22T13:00:00+00:00", "model": "out", **perplexity(4.0, 50.0),
+        "fidelity": {"kl": 0.5, "top1": 0.75, "blocks": [0.0625, 0.375]},
+        "against": {**dense, "generations": prompts}, "generations": written,
+        "tasks": tasks(task("arc", 0.4, 0.04), task("piqa", 0.7, 0.02)), "software": SOFTWARE,
+    }  # fmt: skip
+    speed = {"schema": 1, "date": "2026-11-23T08:00:00+00:00", "bench": bench(), "software": SOFTWARE}
+    return [full, speed]
+
+
+def row(method: str, pattern: str | None, sparsity: float, value: float | None, **more: Any) -> Json:
+    dense = method == "dense"
+    return {
+        "model": "tiny", "method": method, "pattern": pattern, "sparsity": sparsity,
+        "target": None if dense else sparsity,
+        "calibration": None, "propagate": None, "format": "dense", "evaluation": perplexity(2.0, value),
+        "loss_increase": None if dense else 0.25, "perplexity_increase": None, "perplexity_ratio": None, "tasks": None,
+        "task_mean_change": None, "seconds": 3.0, "peak_memory_bytes": None, "bytes": 1000, "bytes_ratio": 1.0,
+        "bench": None, "decode_ratio": None, "resident_ratio": None, "error": None, **more,
+    }  # fmt: skip
+
+
+def a_comparison() -> Json:
+    """Dense, lines of two methods, a point of N:M, and a row that failed."""
+    rows = [
+        row("dense", None, 0.0, 20.0, tasks=tasks(task("arc", 0.5, 0.03), task("piqa", 0.7, 0.04)), bench=bench(10.0)),
+        row("wanda", "row", 0.5, 40.0, bytes=600, bench=bench(25.0), tasks=tasks(task("arc", 0.4, 0.06))),
+        row("wanda", "row", 0.25, 25.0),
+        row("wanda", "2:4", 0.5, 80.0, bytes=500),
+        row("ria", "matrix", 0.5, 35.0),
+        row("ria", "matrix", 0.75, None, evaluation=None, bytes=None, error="out of memory; make room"),
+    ]
+    document = {"schema": 1, "command": "secateur compare tiny", "date": "2026-11-22", "software": SOFTWARE}
+    return {**document, "processor": "EPYC", "threads": 2, "rows": rows}
+
+
+def poisoned(value: Any, key: str = "") -> Any:
+    """The same data with hostile text in every string, and very long text where people write freely."""
+    if isinstance(value, str):
+        if key == "command" and " " not in value:
+            return value  # pack or unpack, by which the kind of report is known
+        return value + HOSTILE + ("x" * 10_000 if key in ("prompt", "continuation", "error", "secateur") else "")
+    if isinstance(value, dict):
+        own = key in ("software", "metrics")  # keys that are data
+        return {k + HOSTILE if own else k: poisoned(v, k) for k, v in value.items()}
+    return [poisoned(item, key) for item in value] if isinstance(value, list) else value
+
+
+def save_output(directory: Path, report: Json, lines: list[Json] = []) -> Path:  # noqa: B006  never changed
+    directory.mkdir()
+    (directory / "secateur.json").write_text(json.dumps(report))
+    if lines:
+        (directory / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def packed_report(pruned: Json | None, values: str | None = None) -> Json:
+    plan = {"command": "pack", "format": "bitmask", "values": values, "model": {"name": "out", "digest": "ef56"}}
+    packed = {"matrices": 4, "dense": 128, "predicted": 72, "true": 74}
+    sizes = {"source": 1000, "output": 640}
+    return {
+        "schema": 1, "plan": {**plan, "software": SOFTWARE}, "bytes": sizes, "packed": packed, "dense_matrices": [],
+        "pruned": copy.deepcopy(pruned),
+    }  # fmt: skip
+
+
+def save_run(directory: Path, report: Json, blocks: int) -> Path:
+    """A run directory whose process was killed while it wrote the line after `blocks` blocks."""
+    directory.mkdir()
+    (directory / "plan.json").write_text(json.dumps(report["plan"]))
+    journal = [{"evaluated": "before", "of": report["plan"]["evaluate"], "result": report["evaluation"]["before"]}]
+    for block in report["blocks"][:blocks]:
+        own = [m for m in report["matrices"] if m["block"] == block["block"]]
+        bare = [{k: v for k, v in m.items() if k not in ("block", "sparsity")} for m in own]
+        journal.append({**block, "matrices": bare, "boot": "b"})
+    torn = '{"block": 1, "secon'
+    (directory / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal) + torn)
+    return directory
+
+
+def save_every_kind(folder: Path) -> dict[str, Path]:
+    """One path of each kind that a page can be made of, hostile ones and poor ones among them."""
+    pruned, lines, comparison = a_pruning(), evaluations(), a_comparison()
+    paths = {
+        "pruned": save_output(folder / "out", pruned),
+        "full": save_output(folder / "full", pruned, lines),
+        "packed": save_output(folder / "packed", packed_report(pruned), lines),
+        "packed int8": save_output(folder / "int8", packed_report(None, "int8")),
+        "unfinished": save_run(folder / "half.secateur", pruned, 1),
+        "hostile": save_output(folder / "hostile", poisoned(pruned), [poisoned(line) for line in lines]),
+    }
+    rows = comparison["rows"]
+    larger = [{**r, "model": "larger", "bytes": r["bytes"] and r["bytes"] * 4} for r in rows]
+    documents = {
+        "comparison": comparison,
+        "models": {**comparison, "rows": rows + larger},
+        "hostile comparison": poisoned({**comparison, "rows": rows + larger}),
+        "dense only": {**comparison, "rows": rows[:1]},
+        "one row": {**comparison, "rows": rows[1:2]},
+        "no rows": {**comparison, "rows": []},
+        "beyond": {**comparison, "rows": [rows[0], row("wanda", "row", 0.5, None), row("ria", "row", 0.5, 1e299)]},
+    }
+    for name, document in documents.items():
+        paths[name] = folder / f"{name}.json"
+        paths[name].write_text(json.dumps(document))
+    return paths
