@@ -290,3 +290,17 @@ def test_scaled_rotary_positions_are_not_lost_in_silence(tmp_path, messages):
     path = write_gguf(tmp_path / "m.gguf", "llama", change=scale)
     secateur.prune(path, tmp_path / "out", method="magnitude")
     assert any("rope_freqs" in message and str(path) in message for message in messages)
+
+
+def test_its_licence_reaches_the_card(tmp_path):
+    def describe(writer):
+        writer.add_license("apache-2.0")
+        writer.add_languages(["en", "de"])
+
+    path = write_gguf(tmp_path / "m.gguf", "llama", describe=describe)
+    secateur.prune(path, tmp_path / "out", method="magnitude")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0\n" in card and "language:\n- en\n- de\n" in card
+    path = write_gguf(tmp_path / "silent.gguf", "llama")
+    secateur.prune(path, tmp_path / "silent", method="magnitude")
+    assert "license" not in (tmp_path / "silent" / "README.md").read_text().split("---")[1]

@@ -100,7 +100,7 @@ def test_the_small_files_come_along(tmp_path, model_directory):
     source, out = model_directory("llama"), tmp_path / "out"
     secateur.prune(source, out, method="magnitude")
     before, after = files_below(source), files_below(out)
-    assert after.keys() - before.keys() == {"secateur.json"}
+    assert after.keys() - before.keys() == {"secateur.json", "README.md"}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= after.keys()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"model.safetensors"}

@@ -114,7 +114,7 @@ def test_unpacking_gives_back_the_pruned_checkpoint(format, made, out):
     secateur.unpack(packed, out)
     assert same_model(out, dense)
     files, expected = files_below(out), files_below(dense)
-    for name in ("secateur.json", "config.json"):
+    for name in ("secateur.json", "config.json", "README.md"):
         del files[name], expected[name]
     assert files == expected
 
@@ -500,6 +500,6 @@ def test_a_model_in_memory_is_not_packed(model, out):
 
 
 def test_an_interrupted_command_says_that_it_goes_on(command, made, out, monkeypatch):
-    monkeypatch.setattr(cli, "_progress", lambda: Interrupts(2, "packing"))
+    monkeypatch.setattr(cli.screen, "progress", lambda: Interrupts(2, "packing"))
     code, _, heard = command("pack", made(dense=True)[0], out)
     assert code == 130 and "goes on where it stopped" in heard

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 
 from ..errors import ModelError, OutputError
@@ -62,10 +63,22 @@ def as_checkpoint(path: Path, scratch: Path, dtype: torch.dtype | None = None) -
         try:
             model.save_pretrained(half_written)
             tokenizer.save_pretrained(half_written)
+            (half_written / "README.md").write_text(_card(path), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{scratch}: the GGUF file cannot be dequantised there ({first_line(error)})") from error
     half_written.rename(target)
     return target
+
+
+def _card(path: Path) -> str:
+    """The little that a GGUF file says of its model's licence, as the head of a model card."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    known = {"license": "general.license", "license_name": "general.license.name",
+             "license_link": "general.license.link", "language": "general.languages"}  # fmt: skip
+    facts = {key: fields[name].contents() for key, name in known.items() if name in fields}
+    return f"---\n{yaml.safe_dump(facts)}---\n" if facts else ""
 
 
 def _check_all_was_read(path: Path, model: Any, found: dict[str, Any]) -> None:
