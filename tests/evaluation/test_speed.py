@@ -447,7 +447,7 @@ def test_the_command_says_in_one_line_what_it_cannot_measure(words, models, work
 
 
 def test_ctrl_c_in_the_command(models, workers, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_progress", lambda: Interrupts(2, "timing"))
+    monkeypatch.setattr(cli.screen, "progress", lambda: Interrupts(2, "timing"))
     assert cli.main(["bench", str(models()[0]), "--prompt", "4", "--tokens", "4", "--no-record"]) == 130
     assert capsys.readouterr().err == "interrupted\n" and workers.gone
 

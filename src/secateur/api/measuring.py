@@ -20,7 +20,7 @@ from ..evaluation.grid import OWN, Grid
 from ..evaluation.inspection import inspect_matrices
 from ..evaluation.perplexity import perplexity
 from ..evaluation.questions import Questions, answer
-from ..evaluation.records import now, record_evaluation
+from ..evaluation.records import now
 from ..evaluation.speed import Measurement, measure_speed
 from ..evaluation.subject import Conditions
 from ..evaluation.tasks import TaskOptions
@@ -32,10 +32,9 @@ from ..pipeline.files import write_text
 from ..pipeline.machine import choose_device, processor, software
 from ..pipeline.machine import threads as using_threads
 from ..progress import Progress
-from ..report.markdown.card import refresh_card
 from ..report.markdown.comparison import comparison_markdown
 from ..report.terminal.progress import terminal_progress
-from .places import command_line, opened, output_path
+from .places import command_line, note_evaluation, opened, output_path
 
 DEFAULT_TEXT = "wikitext2"
 COMPARISON, MARKDOWN = "comparison.json", "comparison.md"
@@ -108,8 +107,7 @@ def evaluate(
         if against is not None:
             found["against"] = {"model": str(against), **dense[0]}
         if record:
-            record_evaluation(host.checkpoint.directory, found)
-            refresh_card(host.checkpoint.directory)
+            note_evaluation(host.checkpoint.directory, found)
         return found
 
 
@@ -230,8 +228,7 @@ def bench(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if record:
-            record_evaluation(places[0], {"bench": found})
-            refresh_card(places[0])
+            note_evaluation(places[0], {"bench": found})
         return found
 
 
@@ -318,7 +315,8 @@ def compare(
             text=text, windows=windows, seqlen=seqlen, propagate=propagate, format=format, values=values, dtype=dtype,
             tasks=task_options(tasks, task_data, batch_size, limit, num_fewshot), generations=generations,
             bench=Measurement((1,), 128, 32, 5, torch.get_num_threads()) if bench else None,
-            device=device, trust_remote_code=trust_remote_code, record=record,
+            device=device, trust_remote_code=trust_remote_code,
+            record=note_evaluation if record else None,
         )  # fmt: skip
         cells = grid.cells(**conditions.pruning)
         conditions.check()

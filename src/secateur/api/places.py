@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..evaluation.records import record_evaluation
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
 from ..models.source import locate, open_checkpoint
 from ..pipeline.files import write_text
 from ..pipeline.machine import choose_device
-from ..report.markdown.card import model_card
+from ..report.markdown.card import model_card, refresh_card
 
 README = "README.md"
 
@@ -56,6 +57,12 @@ def command_line(function: Callable[..., Any], words: Sequence[str], options: Ma
             many = isinstance(value, Sequence) and not isinstance(value, str)
             command += [flag, ",".join(map(str, value)) if many else str(value)]
     return shlex.join(command)
+
+
+def note_evaluation(directory: Path, found: dict[str, Any]) -> None:
+    """Record an evaluation, and bring the card up to date, if the model is a directory that Secateur wrote."""
+    record_evaluation(directory, found)
+    refresh_card(directory)
 
 
 def write_card(target: Path, source: Path) -> None:

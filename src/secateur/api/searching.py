@@ -50,7 +50,7 @@ def sought(
     conditions = Conditions(
         text=text, seqlen=request.seqlen, propagate=request.propagate, format=request.format, values=request.values,
         dtype=request.dtype, include=listed(request.include), exclude=listed(request.exclude), device=request.device,
-        trust_remote_code=request.trust_remote_code, record=False,
+        trust_remote_code=request.trust_remote_code,
     )  # fmt: skip
     with threads(request.threads):
         found = largest_sparsity(model, cell, conditions, max_loss, search_path(output), progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..pipeline.calibration import Tokens, calibration_tokens, evaluation_windows, usual_windows
 from ..pipeline.files import Journal
 from ..pipeline.machine import choose_device, processor, reset_peak_memory
-from ..pipeline.plan import Request
+from ..pipeline.plan import Request, written_dtype
 from ..pipeline.prune import prune_checkpoint
 from ..progress import Progress
 from .fidelity import Reading
@@ -30,12 +30,14 @@ from .generation import sample_generations
 from .grid import Cell
 from .perplexity import perplexity
 from .questions import Questions
-from .records import record_evaluation
 from .speed import Measurement, measure_speed
 from .tasks import TaskOptions, measure_tasks
 
 WORK, LOCK, MEASUREMENTS = "work", "lock", "measurements.jsonl"
 PRUNED = "pruned"  # the measurement that pruning itself is
+OF_PRUNING = (
+    "seqlen", "propagate", "format", "values", "dtype", "include", "exclude", "device", "trust_remote_code",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Conditions:
         bench: what is timed, or None.
         generations: how many texts each model goes on with.
         device, trust_remote_code: of everything.
-        record: whether a dense model that Secateur wrote notes its own evaluation.
+        record: hears of the evaluation of each dense model, and of its directory.
     """
 
     text: str
@@ -68,23 +70,12 @@ class Conditions:
     generations: int = 0
     device: str = "auto"
     trust_remote_code: bool = False
-    record: bool = True
+    record: Callable[[Path, dict[str, Any]], None] | None = None
 
     @property
     def pruning(self) -> dict[str, Any]:
         """Those that pruning takes, and a `Request` checks."""
-        names = (
-            "seqlen",
-            "propagate",
-            "format",
-            "values",
-            "dtype",
-            "include",
-            "exclude",
-            "device",
-            "trust_remote_code",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in OF_PRUNING}
 
     def check(self) -> None:
         """Raise SecateurError for what can be refused before a model is opened."""
@@ -100,9 +91,11 @@ class Subject:
         trusted = conditions.trust_remote_code
         self.work.mkdir(exist_ok=True)
         path = locate(name, trusted)
-        self.directory = as_checkpoint(path, self.work)
+        self.directory = as_checkpoint(path, self.work, written_dtype(conditions.dtype))
         self.checkpoint = open_checkpoint(self.directory, trusted)
         self.digest = digest(self.checkpoint.files if path.is_dir() else [path])
+        if path.is_file() and conditions.dtype != "auto":  # which a file of rounded weights is opened in
+            self.digest += f" in {conditions.dtype}"
         self.device = choose_device(conditions.device)
         self.tokenizer = load_tokenizer(self.directory, trusted)
         self.host = DiskHost(self.checkpoint, self.device)
@@ -213,7 +206,7 @@ class Subject:
             self._dense = Reading(self.host, self.windows, self.work / "dense")
             found = perplexity(self._dense, self.progress, keep=True)
             if self.conditions.record:
-                record_evaluation(self.directory, found)
+                self.conditions.record(self.directory, found)
             return found
         if self._dense is None:  # the dense figures are known from an earlier process, its predictions are not
             self._dense = Reading(self.host, self.windows, self.work / "dense")
