@@ -60,6 +60,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+OCCUPIED = {errno.EEXIST, errno.ENOTDIR}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -71,4 +72,5 @@ def unwritable(error: OSError) -> str:
     """
     hint = "; make room and give the same command again" if error.errno in FULL else ""
     hint = "; check who may write there" if error.errno in FORBIDDEN else hint
+    hint = "; a file stands where a directory is needed" if error.errno in OCCUPIED else hint
     return f"cannot be written ({error.strerror or error}){hint}"

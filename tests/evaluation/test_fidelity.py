@@ -123,9 +123,11 @@ def test_impossible_divergence_is_not_invented():
     class Dense:
         class tokens:
             digest = "d"
+            seqlen = 16
 
     class Tokens:
         digest = "d"
+        seqlen = 16
         source = "t"
 
     fidelity = Fidelity(Dense, Tokens)

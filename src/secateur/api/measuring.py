@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from ..errors import OptionError, OutputError, unwritable
 from ..evaluation.comparison import compare_models
-from ..evaluation.fidelity import Reading
+from ..evaluation.fidelity import Reading, check_same_tokens
 from ..evaluation.generation import continue_text
-from ..evaluation.grid import OWN, Grid
+from ..evaluation.grid import DEFAULT_SPARSITY, OWN, Grid
 from ..evaluation.inspection import inspect_matrices
 from ..evaluation.perplexity import perplexity
-from ..evaluation.questions import Questions, answer
+from ..evaluation.questions import Questions, answer, read_windows
 from ..evaluation.records import now
 from ..evaluation.speed import Measurement, measure_speed
 from ..evaluation.subject import Conditions
@@ -31,6 +31,7 @@ from ..pipeline.calibration import evaluation_windows
 from ..pipeline.files import write_text
 from ..pipeline.machine import choose_device, processor, software
 from ..pipeline.machine import threads as using_threads
+from ..pipeline.plan import Request
 from ..progress import Progress
 from ..report.markdown.comparison import comparison_markdown
 from ..report.terminal.progress import terminal_progress
@@ -90,6 +91,8 @@ def evaluate(
     progress = progress or terminal_progress(lines=False)
     asked = task_options(tasks, task_data, batch_size, limit, num_fewshot)
     only_tasks = asked is not None and text is None and against is None and not generations
+    if only_tasks and (seqlen is not None or windows is not None):
+        raise OptionError("seqlen and windows are of a text; name one, such as --text wikitext2")
     questions = Questions(None if only_tasks else text or DEFAULT_TEXT, seqlen, windows, asked, generations)
     questions.check()
     with ExitStack() as stack:
@@ -99,11 +102,15 @@ def evaluate(
                 raise OptionError("a live model: only its perplexity can be measured; save it and give its directory")
             return _evaluate_live(model, questions, folder, trust_remote_code, tokenizer, progress)
         host = stack.enter_context(opened(model, device, trust_remote_code))
+        tokens = read_windows(host, questions, tokenizer)
         dense: tuple[dict[str, Any], Reading | None] = ({}, None)
         if against is not None:
             other = stack.enter_context(opened(against, device, trust_remote_code))
-            dense = answer(other, questions, folder / "dense", progress, tokenizer=tokenizer, keep=True)
-        found, _ = answer(host, questions, folder / "model", progress, tokenizer=tokenizer, dense=dense[1])
+            theirs = read_windows(other, questions, tokenizer)
+            if tokens and theirs:
+                check_same_tokens(theirs, tokens)
+            dense = answer(other, questions, theirs, folder / "dense", progress, keep=True)
+        found, _ = answer(host, questions, tokens, folder / "model", progress, dense=dense[1])
         if against is not None:
             found["against"] = {"model": str(against), **dense[0]}
         if record:
@@ -236,7 +243,7 @@ def compare(
     models: str | Path | Sequence[str | Path],
     *,
     methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt"),
-    sparsities: Sequence[float] = (0.5,),
+    sparsities: Sequence[float] = (DEFAULT_SPARSITY,),
     patterns: Sequence[str] = (OWN,),
     calibration: str | Sequence[str] = "c4",
     samples: int | Sequence[int | None] | None = None,
@@ -247,7 +254,7 @@ def compare(
     values: str | None = None,
     dtype: str = "auto",
     text: str = DEFAULT_TEXT,
-    windows: int | None = 40,
+    windows: int | None = None,
     tasks: Sequence[str] = (),
     task_data: str | Path | None = None,
     batch_size: int = 8,
@@ -281,7 +288,7 @@ def compare(
         values: as in `prune`.
         dtype: as in `prune`.
         text: a SOURCE for perplexity.
-        windows: how many windows; None is all.
+        windows: how many windows; None is 40, or as many as there are.
         tasks: as in `evaluate`.
         task_data: as in `evaluate`.
         batch_size: as in `evaluate`.
@@ -303,13 +310,16 @@ def compare(
         SecateurError: one line that says what, where, and what to do; of single cells only if all of them failed.
     """
     given = locals()
-    names = [str(name) for name in ([models] if isinstance(models, (str, Path)) else models)]
+    names = list(dict.fromkeys(map(str, [models] if isinstance(models, (str, Path)) else models)))
+    if not names:
+        raise OptionError("models: give at least one")
     command, date = command_line(compare, names, given), now()
     grid = Grid(
         methods=tuple(methods), sparsities=tuple(sparsities), patterns=tuple(patterns), seeds=tuple(seeds),
         calibrations=(calibration,) if isinstance(calibration, str) else tuple(calibration),
         samples=(samples,) if samples is None or isinstance(samples, int) else tuple(samples),
     )  # fmt: skip
+    Request(threads=threads).check()
     with using_threads(threads):
         conditions = Conditions(
             text=text, windows=windows, seqlen=seqlen, propagate=propagate, format=format, values=values, dtype=dtype,
@@ -351,11 +361,13 @@ def report(model: str | Path, *, output: str | Path = "report.html") -> Path:
         SecateurError: one line that says what, where, and what to do.
     """
     from ..report.page.records import load_records
-    from ..report.page.render import render_page
+    from ..report.page.render import is_page, render_page
 
     target = output_path(output)
     if target.is_dir():
         raise OutputError(f"{target}: is a directory; give a file's name, such as {target / 'report.html'}")
+    if target.exists() and not is_page(target):
+        raise OutputError(f"{target}: is there and is no page of Secateur's; choose another name")
     page = render_page(load_records(output_path(model)))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from ..models.source import locate, open_checkpoint
 from ..pipeline.files import write_text
 from ..pipeline.machine import choose_device
 from ..report.markdown.card import model_card, refresh_card
+
+log = logging.getLogger("secateur")
 
 README = "README.md"
 
@@ -48,21 +51,26 @@ def command_line(function: Callable[..., Any], words: Sequence[str], options: Ma
     command = ["secateur", function.__name__, *words]
     for name, parameter in signature(function).parameters.items():
         value = options.get(name, parameter.default)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            value = tuple(value)
+        value = str(value) if isinstance(value, Path) else value
         if parameter.default is parameter.empty or value == parameter.default or name == "progress":
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             command.append(flag if value else f"--no-{name.replace('_', '-')}")
         else:
-            many = isinstance(value, Sequence) and not isinstance(value, str)
-            command += [flag, ",".join(map(str, value)) if many else str(value)]
+            command += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return shlex.join(command)
 
 
 def note_evaluation(directory: Path, found: dict[str, Any]) -> None:
-    """Record an evaluation, and bring the card up to date, if the model is a directory that Secateur wrote."""
+    """Note a result in a directory that Secateur wrote, and in its card; the result is more than either."""
     record_evaluation(directory, found)
-    refresh_card(directory)
+    try:
+        refresh_card(directory)
+    except OutputError as error:
+        log.warning("%s", error)
 
 
 def write_card(target: Path, source: Path) -> None:

@@ -45,7 +45,7 @@ def numbers(text: str) -> list[int]:
 
 def words(text: str | None) -> list[str]:
     """Read ``a,b``."""
-    return text.split(",") if text else []
+    return [] if text is None else text.split(",")
 
 
 def fraction(text: str | float) -> float:

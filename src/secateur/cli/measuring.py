@@ -60,7 +60,7 @@ def evaluate(
         batch_size=batch_size, limit=limit, num_fewshot=num_fewshot, generations=generations, device=device,
         record=record, trust_remote_code=trust_remote_code, progress=screen.progress(),
     )  # fmt: skip
-    screen.show({"schema": 1, "model": model, **found}, lambda e: evaluation_table(model, e), as_json)
+    screen.show({"schema": 1, "model": model, **found}, lambda e: evaluation_table(e["model"], e), as_json)
 
 
 @app.command()
@@ -87,7 +87,7 @@ def compare(
     values: Annotated[str | None, typer.Option(help="int8, as in prune.", show_default="kept exactly")] = None,
     dtype: Annotated[str, typer.Option(help="Of the written tensors, as in prune.")] = "auto",
     text: Annotated[str, typer.Option(metavar="SOURCE", help="Text for perplexity.")] = "wikitext2",
-    windows: Annotated[int | None, typer.Option(help="How many windows.")] = 40,
+    windows: Annotated[int | None, typer.Option(help="How many windows.", show_default="40, or what there is")] = None,
     tasks: Tasks = None,
     task_data: TaskData = None,
     batch_size: BatchSize = 8,
@@ -127,7 +127,7 @@ def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: J
     from ..report.terminal.tables import inspection_table
 
     found = api.inspect(model, trust_remote_code=trust_remote_code, progress=screen.progress())
-    screen.show({"schema": 1, "model": model, **found}, lambda f: inspection_table(model, f), as_json)
+    screen.show({"schema": 1, "model": model, **found}, lambda f: inspection_table(f["model"], f), as_json)
 
 
 @app.command()

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ..report.page.wording import tidy
+
 
 def listen(level: int) -> None:
     """Show messages from `level` on, on stderr."""
@@ -37,7 +39,7 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Write one line to stderr."""
-    print("\\n".join(text.splitlines()), file=sys.stderr, flush=True)  # a name may have a line's end in it
+    print("\\n".join(tidy(text).splitlines()), file=sys.stderr, flush=True)  # a name may have a line's end in it
 
 
 def progress() -> Any:
@@ -54,7 +56,7 @@ def show(document: dict[str, Any], table: Callable[[dict[str, Any]], Any], as_js
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table(document))
+        console = Console(width=160, emoji=False)
+    console.print(table(tidy(document)))  # of names and texts, only what can be seen

@@ -16,10 +16,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..errors import OutputError
 from ..progress import Progress
 from .grid import Cell
+from .place import kept_in
 from .rows import DENSE, make_row
-from .subject import Conditions, Subject, kept_in
+from .subject import Conditions, Subject
 
 log = logging.getLogger("secateur")
 
@@ -46,7 +48,7 @@ def compare_models(
         The rows (docs/json.md), dense first for each model; one that failed says why.
 
     Raises:
-        SecateurError: every pruned row failed, for the first row's reason.
+        SecateurError: every pruned row failed, for the first row's reason; or the disk refuses.
     """
     rows: list[dict[str, Any]] = []
     failures: list[Exception] = []
@@ -64,7 +66,11 @@ def compare_models(
                             subject = Subject(name, conditions, work, journal, progress)
                             stack.callback(subject.close)
                         subject.measure(cell)
+                    except OutputError:  # a full disk is everyone's
+                        raise
                     except Exception as error:  # one cell's failure is not the others'
+                        if subject is None and len(models) == 1:
+                            raise
                         failure = error
                         failures.append(error)
                     size, results = (subject.checkpoint.bytes, subject.known(cell)) if subject else (None, {})
@@ -72,7 +78,8 @@ def compare_models(
                     if failure:
                         log.warning("%s, %s: %s", name, cell or DENSE, rows[-1]["error"])
                     dense = dense or rows[-1]
-                    keep(rows)
+                    if any(row["evaluation"] for row in rows):  # a former result gives way to one, not to errors
+                        keep(rows)
                     if subject is None:
                         break
     pruned = [row for row in rows if row["method"] != DENSE]

@@ -57,6 +57,19 @@ class Reading:
         return self.folder / f"after-{index:04d}.safetensors"
 
 
+def check_same_tokens(dense: Tokens, tokens: Tokens) -> None:
+    """Raise DataError if the dense model and another read a text as different tokens."""
+    if dense.digest == tokens.digest:
+        return
+    why = "are they of one family, with one tokenizer?"
+    short, long = sorted((dense.seqlen, tokens.seqlen))
+    if short < long:  # their contexts differ
+        why = f"their windows have {short} and {long} tokens; give --seqlen {short}"
+    raise DataError(
+        f"{tokens.source}: the two models read it as different tokens, so their predictions cannot be compared; {why}"
+    )
+
+
 class Fidelity:
     """Sums over predictions, and a distance for each block."""
 
@@ -66,11 +79,7 @@ class Fidelity:
         Raises:
             DataError: the dense model reads the text as other tokens.
         """
-        if dense.tokens.digest != tokens.digest:
-            raise DataError(
-                f"{tokens.source}: the two models read it as different tokens, so their predictions cannot be "
-                "compared; are they of one family, with one tokenizer?"
-            )
+        check_same_tokens(dense.tokens, tokens)
         self.dense = dense
         self.divergence = 0.0
         self.same = self.predictions = 0

@@ -71,13 +71,7 @@ def sample_generations(
         DataError: the model has no tokenizer.
         OptionError: there are fewer windows, or the context has no room.
     """
-    if not 1 <= count <= len(tokens.rows):
-        raise OptionError(f"generations {count}: {tokens.source} has {len(tokens.rows)} windows to begin with")
-    tokenizer = _tokenizer(directory, trust_remote_code)
-    prompts = [tokens.rows[number * len(tokens.rows) // count][:PROMPT_TOKENS] for number in range(count)]
-    new = min(NEW_TOKENS, (_context(directory, trust_remote_code) or 2 * NEW_TOKENS) - max(map(len, prompts)))
-    if new < 1:
-        raise OptionError(f"generations: the model's context of {len(prompts[0])} tokens leaves no room to go on")
+    tokenizer, prompts, new = prepare_generations(directory, tokens, count, trust_remote_code=trust_remote_code)
     model = _model(directory, device, trust_remote_code)
     found = []
     progress.start("generating", count)
@@ -93,6 +87,20 @@ def sample_generations(
         progress.advance()
     progress.finish()
     return found
+
+
+def prepare_generations(
+    directory: Path, tokens: Tokens, count: int, *, trust_remote_code: bool = False
+) -> tuple[Any, list[Tensor], int]:
+    """Return the tokenizer, the prompts and the number of new tokens; raise what `sample_generations` does."""
+    if not 1 <= count <= len(tokens.rows):
+        raise OptionError(f"generations {count}: {tokens.source} has {len(tokens.rows)} windows to begin with")
+    tokenizer = _tokenizer(directory, trust_remote_code)
+    prompts = [tokens.rows[number * len(tokens.rows) // count][:PROMPT_TOKENS] for number in range(count)]
+    new = min(NEW_TOKENS, (_context(directory, trust_remote_code) or 2 * NEW_TOKENS) - max(map(len, prompts)))
+    if new < 1:
+        raise OptionError(f"generations: the model's context of {len(prompts[0])} tokens leaves no room to go on")
+    return tokenizer, prompts, new
 
 
 def repetition(ids: Sequence[int]) -> float:

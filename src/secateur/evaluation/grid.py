@@ -13,6 +13,7 @@ from ..pruning import parse_method, parse_pattern
 from ..pruning.allocation import default_target
 
 OWN = "own"  # the pattern that a method's paper uses
+DEFAULT_SPARSITY = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,12 @@ class Grid:
         """
         for name, values in vars(self).items():
             if not values or "" in values:
-                raise OptionError(f"{name}: give at least one value")
+                raise OptionError(f"{name}: give at least one value, and no empty one")
         cells = list(dict.fromkeys(self._combinations()))
+        if unused := sorted(set(self.sparsities) - {DEFAULT_SPARSITY} - {cell.sparsity for cell in cells}):
+            raise OptionError(
+                f"sparsities {unused[0]:g}: each of the patterns {', '.join(self.patterns)} has its own; leave it out"
+            )
         for cell in cells:
             seed = cell.seed or 0
             Request(

@@ -9,10 +9,10 @@ from typing import Any
 from ..errors import OptionError
 from ..models.hosts import DiskHost
 from ..models.source import load_tokenizer
-from ..pipeline.calibration import evaluation_windows
+from ..pipeline.calibration import Tokens, evaluation_windows
 from ..progress import Progress
 from .fidelity import Reading
-from .generation import sample_generations
+from .generation import prepare_generations, sample_generations
 from .perplexity import perplexity
 from .tasks import TaskOptions, measure_tasks
 
@@ -43,13 +43,25 @@ class Questions:
             self.tasks.check()
 
 
+def read_windows(host: DiskHost, questions: Questions, tokenizer: Any = None) -> Tokens | None:
+    """Return the text as a model reads it, or None; refuse what could not be asked after hours of other questions."""
+    if questions.text is None:
+        return None
+    directory, trusted = host.checkpoint.directory, host.checkpoint.trust_remote_code
+    words = tokenizer or load_tokenizer(directory, trusted)
+    tokens = evaluation_windows(questions.text, words, host.model.config, questions.seqlen, questions.windows)
+    if questions.generations:
+        prepare_generations(directory, tokens, questions.generations, trust_remote_code=trusted)
+    return tokens
+
+
 def answer(
     host: DiskHost,
     questions: Questions,
+    tokens: Tokens | None,
     folder: Path,
     progress: Progress,
     *,
-    tokenizer: Any = None,
     dense: Reading | None = None,
     keep: bool = False,
 ) -> tuple[dict[str, Any], Reading | None]:
@@ -58,9 +70,9 @@ def answer(
     Args:
         host: the model.
         questions: what is asked.
+        tokens: the windows of text (`read_windows`).
         folder: where hidden states may lie.
         progress: hears of the work.
-        tokenizer: in place of the model's own.
         dense: of the model that this one was made from, read with `keep`; tells the distance from it.
         keep: whether another model is to be compared with this one.
 
@@ -70,9 +82,7 @@ def answer(
     found: dict[str, Any] = {}
     reading = None
     directory, trusted = host.checkpoint.directory, host.checkpoint.trust_remote_code
-    if questions.text:
-        words = tokenizer or load_tokenizer(directory, trusted)
-        tokens = evaluation_windows(questions.text, words, host.model.config, questions.seqlen, questions.windows)
+    if tokens:
         reading = Reading(host, tokens, folder)
         found |= perplexity(reading, progress, dense=dense, keep=keep)
         if questions.generations:

@@ -10,8 +10,9 @@ from typing import Any
 from ..errors import OptionError
 from ..progress import Progress
 from .grid import Cell
+from .place import kept_in
 from .rows import make_row
-from .subject import Conditions, Subject, kept_in
+from .subject import Conditions, Subject
 
 log = logging.getLogger("secateur")
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from ..errors import OutputError, SecateurError, unwritable
+from ..errors import SecateurError
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
 from ..models.shards import digest
@@ -26,14 +25,13 @@ from ..pipeline.plan import Request, written_dtype
 from ..pipeline.prune import prune_checkpoint
 from ..progress import Progress
 from .fidelity import Reading
-from .generation import sample_generations
+from .generation import prepare_generations, sample_generations
 from .grid import Cell
 from .perplexity import perplexity
 from .questions import Questions
 from .speed import Measurement, measure_speed
 from .tasks import TaskOptions, measure_tasks
 
-WORK, LOCK, MEASUREMENTS = "work", "lock", "measurements.jsonl"
 PRUNED = "pruned"  # the measurement that pruning itself is
 OF_PRUNING = (
     "seqlen", "propagate", "format", "values", "dtype", "include", "exclude", "device", "trust_remote_code",
@@ -103,6 +101,8 @@ class Subject:
         self.windows = (
             usual_windows(*text) if conditions.windows is None else evaluation_windows(*text, conditions.windows)
         )
+        if conditions.generations:
+            prepare_generations(self.directory, self.windows, conditions.generations, trust_remote_code=trusted)
         self._tokens: dict[tuple[Any, ...], Tokens] = {}
         self._dense: Reading | None = None
 
@@ -149,7 +149,7 @@ class Subject:
         wanted: dict[str, dict[str, Any]] = {} if cell is None else {PRUNED: {}}
         wanted["evaluation"] = {"windows": self.windows.digest}
         if c.tasks:
-            wanted["tasks"] = {**asdict(c.tasks), "data": c.tasks.data and c.tasks.data.name}
+            wanted["tasks"] = {**asdict(c.tasks), "data": c.tasks.data and digest(sorted(c.tasks.data.glob("*.jsonl")))}
         if c.generations:
             wanted["generations"] = {"windows": self.windows.digest, "count": c.generations}
         if c.bench:
@@ -243,22 +243,3 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "software": report["plan"]["software"],
     }
-
-
-@contextmanager
-def kept_in(folder: Path) -> Iterator[tuple[Journal, Path]]:
-    """A folder with a journal of measurements, and a place for models while they are measured.
-
-    Raises:
-        OutputError: another process is at work there, or it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK, timeout=0):
-            yield Journal(folder / MEASUREMENTS), folder / WORK
-            shutil.rmtree(folder / WORK, ignore_errors=True)
-        (folder / LOCK).unlink(missing_ok=True)
-    except Timeout:
-        raise OutputError(f"{folder}: another process measures there; wait for it or choose another place") from None
-    except OSError as error:
-        raise OutputError(f"{error.filename or folder}: {unwritable(error)}") from error

@@ -75,8 +75,8 @@ class TaskOptions:
                 raise OptionError(f"{what} {value}: give a whole number of at least {least}")
         if importlib.util.find_spec("lm_eval") is None:
             raise OptionError(f"tasks: lm-eval, which asks them, is not installed; {INSTALL}")
-        if not self.names:
-            raise OptionError("tasks: name at least one, such as arc_easy,piqa")
+        if not self.names or "" in self.names:
+            raise OptionError("tasks: name at least one, such as arc_easy,piqa, and no empty one")
         known = _known_tasks().task_index
         for name in self.names:
             if name not in known:

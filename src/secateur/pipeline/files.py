@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         into_place(part, path)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise OutputError(f"{path}: {unwritable(error)}") from error
 
 
@@ -75,12 +78,15 @@ class Journal:
         Raises:
             OutputError: the disk refuses.
         """
+        whole = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("ab") as file:
                 file.write(json.dumps(event).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            with suppress(OSError):  # no half line, to which the next one would be joined
+                os.truncate(self.path, whole)
             raise OutputError(f"{self.path.parent}: the journal {unwritable(error)}") from error
         self.lines.append(dict(event))
 

@@ -38,7 +38,9 @@ def windows(evaluation: Mapping[str, Any]) -> str:
 
 def number(value: float | None) -> str:
     """A perplexity for people."""
-    return "beyond measure" if value is None else f"{value:,.2f}"
+    if value is None:
+        return "beyond measure"
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}"
 
 
 def packed_words(packed: Mapping[str, Any]) -> str:

@@ -27,8 +27,11 @@ from .text import (
 
 def comparison_markdown(document: Mapping[str, Any]) -> str:
     """Return the Markdown page of a comparison: one table, and under it on what its numbers were measured."""
+    names = dict.fromkeys(row["model"] for row in document["rows"])
+    if len({short_name(name) for name in names}) == len(names):  # else only their places tell them apart
+        document = {**document, "rows": [{**row, "model": short_name(row["model"])} for row in document["rows"]]}
     rows = document["rows"]
-    models = list(dict.fromkeys(short_name(row["model"]) for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
     title = markdown_text(models[0]) if len(models) == 1 else f"{len(models)} models"
     notes = [f"- {note}" for note in _notes(document)]
     command = markdown_fence(plain(document["command"]))
@@ -55,7 +58,7 @@ def _memory(row: Row) -> str | None:
 
 
 COLUMNS: list[Column] = [
-    ("Model", "l", lambda row: markdown_code(short_name(row["model"]))),
+    ("Model", "l", lambda row: markdown_code(row["model"])),
     ("Method", "l", lambda row: markdown_code(row["method"]) if row["pattern"] else markdown_text(row["method"])),
     ("Pattern", "l", shown(markdown_code, "pattern")),
     ("Calibration", "l", shown(markdown_code, "calibration", "source")),

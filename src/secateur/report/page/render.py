@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -10,6 +11,16 @@ from .comparison import comparison_page
 from .pruned import model_page
 from .records import Records
 from .wording import tidy
+
+BEGINNING = b"<!DOCTYPE html>"
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is empty or may be a page that `render_page` made, and so be replaced by another."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(BEGINNING)) in (b"", BEGINNING)
 
 
 def render_page(records: Records) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +31,7 @@ def evaluation_table(model: str, found: Mapping[str, Any]) -> Group:
 def _table(title: str, *headings: str, right: int = 99) -> Table:
     table = Table(title=escape(title))
     for column, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="right" if 0 < column < right else "left")
+        table.add_column(escape(heading), justify="right" if 0 < column < right else "left", overflow="fold")
     return table
 
 
@@ -63,8 +66,8 @@ def _tasks(model: str, found: Mapping[str, Any]) -> Table:
             cells = [_with_error(mine)]
             if theirs is not None:
                 other = others.get(row["task"], {"metrics": {}})["metrics"].get(metric)
-                cells += [_with_error(other), f"{mine['value'] - other['value']:+.4f}"] if other else ["", ""]
-            table.add_row(escape(row["task"]), metric, *cells, str(row["questions"]), str(row["shots"]))
+                cells += [_with_error(other), _difference(mine, other)] if other else ["", ""]
+            table.add_row(escape(row["task"]), escape(metric), *cells, str(row["questions"]), str(row["shots"]))
     if (mean := found["tasks"]["mean"]) is not None:
         cells = [f"{mean:.4f}"]
         if theirs is not None:
@@ -93,14 +96,8 @@ def comparison_table(document: Mapping[str, Any]) -> Group:
     columns = [column for column in COLUMNS if any(column[1](row) for row in rows)]
     if len({row["model"] for row in rows}) == 1:
         columns = columns[1:]
-    table = _table("", *(heading for heading, _ in columns), right=99)
-    former = None
-    for row in rows:
-        if former not in (None, row["model"]):
-            table.add_section()
-        former = row["model"]
-        table.add_row(*(escape(cell(row) or "") for _, cell in columns))
-    parts: list[Any] = [table]
+    ends = [place for place, (row, after) in enumerate(pairwise(rows)) if row["model"] != after["model"]]
+    parts: list[Any] = [Fitted([(heading, [cell(row) or "" for row in rows]) for heading, cell in columns], ends)]
     evaluation = next((row["evaluation"] for row in rows if row["evaluation"]), None)
     if evaluation:
         parts.append(
@@ -109,6 +106,42 @@ def comparison_table(document: Mapping[str, Any]) -> Group:
     parts += [Text(f"{row['model']}, {row['method']} {row['pattern'] or ''}: {row['error']}", "red") for row in rows
               if row["error"]]  # fmt: skip
     return Group(*parts)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A table that is cut into several, one under another, where it is wider than the terminal: no number is cut.
+
+    Attributes:
+        columns: of each its heading and its cells.
+        ends: numbers of the rows under which a line is drawn.
+    """
+
+    columns: Sequence[tuple[str, Sequence[str]]]
+    ends: Sequence[int]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the tables; if they are several, rows have numbers."""
+        widths = [3 + max(map(cell_len, (heading, *cells))) for heading, cells in self.columns]
+        if sum(widths) < options.max_width:
+            yield self._part(self.columns)
+            return
+        numbers = ("row", [str(row) for row in range(1, 1 + len(self.columns[0][1]))])
+        part: list[tuple[str, Sequence[str]]] = [numbers]
+        used = 7
+        for column, width in zip(self.columns, widths, strict=True):
+            if len(part) > 1 and used + width > options.max_width:
+                yield self._part(part)
+                part, used = [numbers], 7
+            part.append(column)
+            used += width
+        yield self._part(part)
+
+    def _part(self, columns: Sequence[tuple[str, Sequence[str]]]) -> Table:
+        table = _table("", *(heading for heading, _ in columns))
+        for row, cells in enumerate(zip(*(cells for _, cells in columns), strict=True)):
+            table.add_row(*map(escape, cells), end_section=row in self.ends)
+        return table
 
 
 def _calibration(row: Mapping[str, Any]) -> str:
@@ -121,12 +154,20 @@ def _digits(value: float | None, digits: int) -> str:
 
 
 def _ratio(after: float | None, before: float | None) -> str:
-    return f"x {after / before:.3f}" if after and before else ""
+    return f"x {_times(after / before, 3)}" if after and before else ""
+
+
+def _times(ratio: float, digits: int) -> str:
+    return f"{ratio:.{digits}f}" if ratio < 1000 else number(ratio)
 
 
 def _with_error(metric: Mapping[str, Any]) -> str:
     error = metric["stderr"]
-    return f"{metric['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return _digits(metric["value"], 4) + ("" if error is None else f" ± {error:.4f}")
+
+
+def _difference(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    return "" if None in (mine["value"], other["value"]) else f"{mine['value'] - other['value']:+.4f}"
 
 
 def _fidelity(row: Mapping[str, Any], what: str) -> float | None:
@@ -142,9 +183,9 @@ COLUMNS: list[tuple[str, Any]] = [
     ("sparsity", lambda row: "" if row["sparsity"] is None else f"{row['sparsity']:.2%}"),
     ("calibration", _calibration),
     ("perplexity", lambda row: row["evaluation"] and number(row["evaluation"]["perplexity"])),
-    ("to dense", lambda row: row["perplexity_ratio"] and f"x {row['perplexity_ratio']:.2f}"),
+    ("to dense", lambda row: row["perplexity_ratio"] and f"x {_times(row['perplexity_ratio'], 2)}"),
     ("KL", lambda row: _digits(_fidelity(row, "kl"), 3)),
-    ("top-1", lambda row: (value := _fidelity(row, "top1")) and f"{value:.1%}"),
+    ("top-1", lambda row: "" if (value := _fidelity(row, "top1")) is None else f"{value:.1%}"),
     ("tasks", lambda row: row["tasks"] and _digits(row["tasks"]["mean"], 4)),
     ("size", lambda row: row["bytes"] and size(row["bytes"])),
     ("memory", lambda row: row["resident_ratio"] and f"x {row['resident_ratio']:.2f}"),

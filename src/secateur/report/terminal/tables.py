@@ -39,7 +39,7 @@ def prune_table(report: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     if evaluation := report.get("evaluation"):
         before, after = evaluation["before"], evaluation["after"]
-        table.add_row("perplexity", number(before["perplexity"]), number(after["perplexity"]), windows(after))
+        table.add_row("perplexity", number(before["perplexity"]), number(after["perplexity"]), escape(windows(after)))
     table.add_row(
         "sparsity",
         "",
