@@ -24,6 +24,7 @@ FUNCTIONS = {
     "generate": "generate",
     "bench": "bench",
     "compare": "compare",
+    "sensitivity": "sensitivity",
     "report": "report",
 }
 NOT_FLAGS = {"tokenizer", "progress"}  # objects, which no flag can name
@@ -96,7 +97,7 @@ def test_flags_are_keywords_with_the_same_defaults(command):
     assert set(flags) - {"as_json"} == set(keywords) - NOT_FLAGS
     for name, flag in flags.items():
         positional = name in ("model", "models", "output") or (command, name) == ("generate", "prompt")
-        positional &= (command, name) not in (("compare", "output"), ("report", "output"))
+        positional &= (command, name) not in (("compare", "output"), ("report", "output"), ("sensitivity", "output"))
         assert (flag.param_type_name == "argument") == positional
         if positional:
             continue
@@ -107,7 +108,7 @@ def test_flags_are_keywords_with_the_same_defaults(command):
         if flag.default and isinstance(keywords[name].default, tuple):  # a list in the shell
             assert flag.default.split(",") == [str(value) for value in keywords[name].default]
         elif name == "output":
-            assert str(flag.default) == keywords[name].default
+            assert (flag.default and str(flag.default)) == keywords[name].default
         elif name != "as_json":
             assert (flag.default or None) == (keywords[name].default or None), name
     assert commands()[command].help and all(getattr(p, "help", None) for p in commands()[command].params)

@@ -24,7 +24,19 @@ from .runtime.register import register
 
 if TYPE_CHECKING:
     from . import pruning
-    from .api import PruneResult, bench, compare, evaluate, generate, inspect, pack, prune, report, unpack
+    from .api import (
+        PruneResult,
+        bench,
+        compare,
+        evaluate,
+        generate,
+        inspect,
+        pack,
+        prune,
+        report,
+        sensitivity,
+        unpack,
+    )
     from .pruning import METHODS, Method, parse_method, parse_pattern
     from .runtime.arrangement import optimize
 
@@ -40,6 +52,7 @@ _LAZY = {
     "pack": "api",
     "prune": "api",
     "report": "api",
+    "sensitivity": "api",
     "unpack": "api",
     "METHODS": "pruning",
     "Method": "pruning",
@@ -71,6 +84,7 @@ __all__ = [
     "prune",
     "pruning",
     "report",
+    "sensitivity",
     "unpack",
 ]
 

@@ -43,7 +43,7 @@ def compare(model_directory, text, tmp_path):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the work of a comparison was done."""
-    counted = {"prune_checkpoint": 0, "perplexity": 0, "calibration_tokens": 0, "measure_speed": 0}
+    counted = {"prune_checkpoint": 0, "perplexity": 0, "tokens_for": 0, "measure_speed": 0}
 
     def counting(name):
         function = getattr(subject, name)
@@ -191,7 +191,7 @@ def test_the_same_again_measures_nothing_and_more_measures_what_is_new(compare, 
 
 def test_what_can_be_shared_is_computed_once(compare, calls):
     compare(methods=("wanda", "ria", "sparsegpt"), sparsities=(0.3, 0.5))
-    assert calls["calibration_tokens"] == 1
+    assert calls["tokens_for"] == 1
     assert calls["perplexity"] == 7 and calls["prune_checkpoint"] == 6
 
 

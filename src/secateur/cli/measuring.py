@@ -1,4 +1,4 @@
-"""Commands that measure models: eval, inspect, generate, bench, compare; and report."""
+"""Commands that measure models: eval, inspect, generate, bench, compare, sensitivity; and report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from . import screen
 from .app import app
 from .arguments import (
+    CALIBRATION,
     SOURCE,
     BatchSize,
     Device,
@@ -74,7 +75,7 @@ def compare(
     ] = "magnitude,wanda,sparsegpt",
     sparsities: Annotated[str, typer.Option(metavar="S,S", help="Fractions removed; N:M has its own.")] = "0.5",
     patterns: Annotated[str, typer.Option(metavar="P,P", help="own (each method's own), row, 2:4, …")] = "own",
-    calibration: Annotated[str, typer.Option(metavar="SOURCE,SOURCE", help=f"Texts: {SOURCE}.")] = "c4",
+    calibration: Annotated[str, typer.Option(metavar="SOURCE,SOURCE", help=f"Texts: {CALIBRATION}.")] = "c4",
     samples: Annotated[
         str | None, typer.Option(metavar="N,N", help="Calibration sequences.", show_default="128, or what there is")
     ] = None,
@@ -181,6 +182,69 @@ def bench(
         progress=screen.progress(),
     )  # fmt: skip
     screen.show({"schema": 1, **found}, speed_table, as_json)
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    method: Annotated[str, typer.Option(help="As in prune.")] = "wanda",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of weights removed where one block or kind is pruned alone.",
+            show_default="0.5, or what N:M implies",
+            parser=fraction,
+            metavar="FRACTION",
+        ),
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="As in prune.", show_default="the method's own")] = None,
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help="Text to calibrate on, as in prune.")] = "c4",
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences.", show_default="128, or what there is")
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence and of a window.", show_default="2048 or the context")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
+    text: Annotated[str, typer.Option(metavar="SOURCE", help="Held-out text to compare on.")] = "wikitext2",
+    windows: Annotated[
+        int, typer.Option(help="How many windows; they are read n/2 times for n blocks, and once for each kind.")
+    ] = 8,
+    by: Annotated[
+        str, typer.Option(metavar="UNIT,UNIT", help="What is pruned alone: each block, each kind of matrix.")
+    ] = "block,kind",
+    target: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean sparsity of the allocation.", show_default="--sparsity", parser=fraction, metavar="FRACTION"
+        ),
+    ] = None,
+    spread: Annotated[
+        float,
+        typer.Option(help="How far the allocation goes from it.", parser=fraction, metavar="FRACTION"),
+    ] = 0.1,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.yaml", help="Write the allocation, for prune --allocation."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what pruning each block or kind of matrix alone costs, and allocate sparsity by it."""
+    from .. import api
+    from ..report.terminal.sensitivity import sensitivity_table
+
+    found = api.sensitivity(
+        model, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
+        seqlen=seqlen, seed=seed, text=text, windows=windows, by=words(by), target=target, spread=spread,
+        output=output, overwrite=overwrite, device=device, trust_remote_code=trust_remote_code,
+        progress=screen.progress(),
+    )  # fmt: skip
+    screen.show({"schema": 1, "model": model, **found}, lambda f: sensitivity_table(model, f), as_json)
+    if output is not None:
+        screen.say(f"written to {output}")
 
 
 @app.command()

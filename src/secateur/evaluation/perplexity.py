@@ -18,7 +18,7 @@ from .fidelity import Fidelity, Reading
 
 
 def perplexity(
-    reading: Reading, progress: Progress, *, dense: Reading | None = None, keep: bool = False
+    reading: Reading, progress: Progress, *, dense: Reading | None = None, keep: bool = False, first: int = 0
 ) -> dict[str, Any]:
     """Measure a model's perplexity on windows of text.
 
@@ -27,6 +27,7 @@ def perplexity(
         progress: hears of every micro-batch.
         dense: of the model that this one was made from, measured with `keep`: tells the distance from it too.
         keep: whether others are to be compared with this model.
+        first: the block to begin with, whose input is in the reading.
 
     Returns:
         text, seqlen, windows, tokens (in the windows), available_tokens (in the text), loss (nats per prediction)
@@ -39,8 +40,8 @@ def perplexity(
     stream, tokens = reading.stream, reading.tokens
     fidelity = Fidelity(dense, tokens) if dense else None
     count = len(reading.host.skeleton.real)
-    progress.start(f"perplexity on {tokens.source}", (count + 1) * len(stream.batches))
-    for index in range(count):
+    progress.start(f"perplexity on {tokens.source}", (count - first + 1) * len(stream.batches))
+    for index in range(first, count):
         with reading.host.block(index) as block:
             stream.forward(index, block, progress)
         if keep:

@@ -18,11 +18,12 @@ from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
 from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
-from ..pipeline.calibration import Tokens, calibration_tokens, evaluation_windows, usual_windows
+from ..pipeline.calibration import Tokens, evaluation_windows, usual_windows
 from ..pipeline.files import Journal
 from ..pipeline.machine import choose_device, processor, reset_peak_memory
 from ..pipeline.plan import Request, written_dtype
 from ..pipeline.prune import prune_checkpoint
+from ..pipeline.self_text import tokens_for
 from ..progress import Progress
 from .fidelity import Reading
 from .generation import prepare_generations, sample_generations
@@ -223,9 +224,9 @@ class Subject:
             return None
         key = (cell.calibration, cell.samples, cell.seed)
         if key not in self._tokens:
-            self._tokens[key] = calibration_tokens(
-                cell.calibration, self.tokenizer, self.host.model.config, cell.samples, self.conditions.seqlen,
-                cell.seed or 0,
+            self._tokens[key] = tokens_for(
+                self.host, cell.calibration, self.tokenizer, cell.samples, self.conditions.seqlen, cell.seed or 0,
+                self.progress,
             )  # fmt: skip
         return self._tokens[key]
 

@@ -82,6 +82,14 @@ def choose_seqlen(seqlen: int | None, config: Any) -> int:
     return seqlen
 
 
+def check_draw(samples: int | None, seed: int) -> None:
+    """Raise OptionError for a number of rows, or a seed, that cannot be."""
+    if samples is not None and samples < 1:
+        raise OptionError(f"samples {samples}: at least 1 is needed")
+    if not -(2**63) <= seed < 2**64:
+        raise OptionError(f"seed {seed}: is no 64-bit number")
+
+
 def calibration_tokens(
     calibration: Any, tokenizer: Any, config: Any, samples: int | None, seqlen: int | None, seed: int
 ) -> Tokens:
@@ -101,10 +109,7 @@ def calibration_tokens(
         DataError: no usable text, or too little of it.
         OptionError: `samples` or `seqlen` cannot be met.
     """
-    if samples is not None and samples < 1:
-        raise OptionError(f"samples {samples}: at least 1 is needed")
-    if not -(2**63) <= seed < 2**64:
-        raise OptionError(f"seed {seed}: is no 64-bit number")
+    check_draw(samples, seed)
     if isinstance(calibration, Tokens):
         return calibration
     wanted = samples or DEFAULT_SAMPLES

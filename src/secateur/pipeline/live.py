@@ -19,13 +19,13 @@ from ..models.hosts import LiveHost
 from ..models.matrices import Matrix
 from ..models.source import load_tokenizer, quiet_transformers
 from ..progress import Progress
-from .calibration import calibration_tokens
 from .files import write_text
 from .loop import prune_blocks
 from .machine import peak_memory_bytes, threads
 from .output import Describe, check_output, make_report
 from .plan import Request, announce, make_plan
 from .run_directory import REPORT, RunDirectory, run_path
+from .self_text import tokens_for
 from .stream import Stream
 
 
@@ -108,8 +108,8 @@ def prune_live(
             tokens = None
             if request.parsed_method.needs:
                 tokenizer = tokenizer or load_tokenizer(model.name_or_path, request.trust_remote_code)
-                tokens = calibration_tokens(
-                    request.calibration, tokenizer, model.config, request.samples, request.seqlen, request.seed
+                tokens = tokens_for(
+                    host, request.calibration, tokenizer, request.samples, request.seqlen, request.seed, progress
                 )
             plan = make_plan(request, host, {"name": model.name_or_path, "digest": None}, tokens)
             announce(plan)

@@ -19,7 +19,7 @@ from ..models.matrices import watching
 from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..progress import Progress
-from .calibration import Tokens, calibration_tokens
+from .calibration import Tokens
 from .disk_run import DiskRun
 from .estimate import estimate
 from .files import check_room, write_text
@@ -29,6 +29,7 @@ from .output import Describe, check_output, make_report, write_checkpoint
 from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
 from .run_directory import REPORT, RunDirectory, finished_result
+from .self_text import tokens_for
 from .stream import Stream
 
 log = logging.getLogger("secateur")
@@ -101,8 +102,8 @@ def _prepare(
     tokens = None
     if request.parsed_method.needs:
         tokenizer = tokenizer or load_tokenizer(source.directory, request.trust_remote_code)
-        tokens = calibration_tokens(
-            request.calibration, tokenizer, host.model.config, request.samples, request.seqlen, request.seed
+        tokens = tokens_for(
+            host, request.calibration, tokenizer, request.samples, request.seqlen, request.seed, progress
         )
     files = source.files if path.is_dir() else [path]
     progress.start("reading the model", sum(file.stat().st_size for file in files))

