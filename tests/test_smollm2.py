@@ -36,7 +36,7 @@ def test_the_quick_start_works(smollm2, monkeypatch):
 
 
 def test_the_command_works(smollm2, tmp_path, monkeypatch, capsys):
-    (line,) = (line for line in README.splitlines() if line.startswith("secateur prune"))
+    line = next(line for line in README.splitlines() if line.startswith("secateur prune"))
     line = line.replace(HUB_ID, str(smollm2)).replace("--calibration c4", f"--calibration sotu:train {LITTLE}")
     line = line.replace("wikitext2", "sotu:test")
     monkeypatch.chdir(tmp_path)
