@@ -10,6 +10,8 @@ A comparison lives in a directory:
 from __future__ import annotations
 
 import logging
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -89,16 +91,20 @@ def compare_models(
 
 
 class _Pace:
-    """Tells which row is at hand, and how long the rest may take."""
+    """Tells which row is at hand, and how long the rest may take, by the rows that took time."""
 
     def __init__(self, rows: int) -> None:
-        self.rows, self.row, self.started = rows, 0, time.monotonic()
+        self.rows, self.row, self.since = rows, 0, time.monotonic()
+        self.seconds: list[float] = []
 
     def say(self, name: str, cell: Cell | None) -> None:
         """Name the row that begins."""
-        passed = time.monotonic() - self.started
+        now = time.monotonic()
+        if now - self.since > 1:  # not one that was measured before
+            self.seconds.append(now - self.since)
         left = ""
-        if passed > 10 and self.row:
-            left = f", about {passed / self.row * (self.rows - self.row) / 60:.0f} min left"
-        self.row += 1
+        if self.seconds:
+            minutes = statistics.mean(self.seconds) * (self.rows - self.row) / 60
+            left = f", about {math.ceil(minutes)} min left"
+        self.row, self.since = self.row + 1, now
         log.info("row %d of %d%s: %s, %s", self.row, self.rows, left, name, cell or DENSE)
