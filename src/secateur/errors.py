@@ -5,7 +5,7 @@
     ├── ModelError         a model that cannot be opened, read or pruned
     ├── DataError          a calibration or evaluation text that cannot be used
     ├── OutputError        an output or run directory that cannot be written
-    │   └── ResumeError    a run directory that belongs to another plan
+    │   └── ResumeError    one that belongs to another plan
     └── NumericsError      NaN or Inf, or a matrix that no solver can take
 
 The command line prints the message and exits with 1; Python code catches `SecateurError`.
@@ -39,7 +39,7 @@ class OutputError(SecateurError):
 
 
 class ResumeError(OutputError):
-    """A run directory that belongs to another plan."""
+    """An output or run directory that belongs to another plan."""
 
 
 class NumericsError(SecateurError):

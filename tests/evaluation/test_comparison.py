@@ -224,6 +224,26 @@ def test_a_stopped_comparison_goes_on(compare, calls, monkeypatch, stop, tmp_pat
     assert made == (3 if stop == "prune_checkpoint" else 4)  # one that was made and not measured is taken up
 
 
+def test_what_was_stopped_goes_on_with_other_threads(compare, monkeypatch):
+    function, count = subject.perplexity, 0
+
+    def interrupted(*args, **options):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subject, "perplexity", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(methods=("wanda",), threads=1)
+    assert "Unfinished: 1 of 2 rows" in (compare.folder / "comparison.md").read_text()
+    found = compare(methods=("wanda",), threads=2)
+    assert [row["error"] for row in found["rows"]] == [None, None] and found["planned"] == 2
+    assert "Unfinished" not in (compare.folder / "comparison.md").read_text()
+
+
 def test_one_failing_cell_is_reported_and_the_rest_goes_on(compare, tmp_path, caplog):
     found = compare(methods=("magnitude", "wanda"), calibration=str(tmp_path / "missing.txt"))
     assert [bool(row["error"]) for row in found["rows"]] == [False, False, True]

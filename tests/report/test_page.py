@@ -304,6 +304,14 @@ def test_an_allocation_is_shown_in_full(tmp_path: Path, pruned: Json) -> None:
     assert json.loads(page.all("pre")[1].words) == {"layers.0": 0.25}
 
 
+def test_an_unfinished_comparison_says_so(tmp_path: Path) -> None:
+    document = {"schema": 1, "rows": [row("dense", None, 0.0, 20.0)], "planned": 3}
+    (tmp_path / "comparison.json").write_text(json.dumps(document))
+    assert "Unfinished: 1 of 3 rows" in render_page(load_records(tmp_path))
+    (tmp_path / "comparison.json").write_text(json.dumps({**document, "planned": 1}))
+    assert "Unfinished" not in render_page(load_records(tmp_path))
+
+
 def test_a_comparison_shows_every_row_and_picture(page_as_html: Html) -> None:
     page = Tree(page_as_html("comparison")).open[0]
     assert table(page, "Perplexity against sparsity") == [

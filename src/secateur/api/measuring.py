@@ -335,7 +335,8 @@ def compare(
         def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
             return {
                 "schema": 1, "command": command, "date": date, "processor": processor(),
-                "threads": torch.get_num_threads(), "software": software(), "rows": rows,
+                "threads": torch.get_num_threads(), "software": software(),
+                "planned": len(names) * (len(cells) + 1), "rows": rows,
             }  # fmt: skip
 
         def keep(rows: list[dict[str, Any]]) -> None:

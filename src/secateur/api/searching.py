@@ -67,7 +67,7 @@ def _check(request: Request, max_loss: float, pattern: str, dry_run: bool) -> No
     if request.allocation != "uniform":
         raise OptionError("max_loss seeks one sparsity for all matrices; leave out --allocation")
     if dry_run:
-        raise OptionError("max_loss has to prune to find out; leave out --dry-run")
+        raise OptionError("max_loss has to prune about seven times to find out; leave out --dry-run")
     if not isinstance(request.method, str) or not isinstance(request.calibration, str):
         raise OptionError("max_loss needs a method and a calibration text by name")
     request.check()

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import SecateurError
+from ..errors import ResumeError, SecateurError
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
 from ..models.shards import digest
@@ -180,7 +181,12 @@ class Subject:
         )  # fmt: skip
         target = self.work / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         reset_peak_memory()
-        report = prune_checkpoint(str(self.directory), target, request, self.progress, tokenizer=self.tokenizer)
+        prune = partial(prune_checkpoint, str(self.directory), target, request, self.progress, tokenizer=self.tokenizer)
+        try:
+            report = prune()
+        except ResumeError:  # what was left there was made with other threads, or is damaged
+            shutil.rmtree(target, ignore_errors=True)
+            report = prune(resume=False)
         if self._find(key, PRUNED, {}) is None:
             self._note(key, PRUNED, {}, _summary(report))
         yield target

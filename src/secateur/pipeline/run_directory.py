@@ -248,13 +248,13 @@ def finished_result(output: Path, plan: Mapping[str, Any]) -> dict[str, Any] | N
     """Return the report of an output that holds the finished result of this very plan; None if there is no output.
 
     Raises:
-        OutputError: it holds the result of another plan.
+        ResumeError: it holds the result of another plan.
     """
     finished = report_of(output) if output.exists() else None
     if finished is None:
         return None
     if differing := differences(finished["plan"], plan):
-        raise OutputError(
+        raise ResumeError(
             f"{output}: holds the result of a plan with {differing[0]}; choose another OUTPUT, or --overwrite it"
         )
     log.info("%s: holds the finished result of this plan already; nothing to do", output)

@@ -87,7 +87,9 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
     rows = document["rows"]
     texts = dict.fromkeys(measured_on(row["evaluation"]) for row in rows if _perplexity(row))
     calibrations = dict.fromkeys(calibrated_on(row["calibration"]) for row in rows if row["calibration"])
-    notes = [f"Perplexity: {text}; change and ratio against the dense model." for text in texts]
+    planned = document.get("planned") or 0
+    notes = [f"Unfinished: {len(rows)} of {planned} rows; the command goes on with it."] if len(rows) < planned else []
+    notes += [f"Perplexity: {text}; change and ratio against the dense model." for text in texts]
     if any(get_at("evaluation", "fidelity")(row) for row in rows):
         notes.append(FIDELITY)
     notes += dict.fromkeys(_tasks(row["tasks"]) for row in rows if row.get("tasks"))

@@ -34,7 +34,11 @@ def comparison_page(records: Records) -> Page:
     title = (
         f"Comparison of {listing(names)}" if 0 < len(names) <= 3 else f"Comparison of {counted(len(names), 'model')}"
     )
-    return Page(title, "Comparison", _lead(rows, groups, failed), sections, "comparison.json")
+    planned = sum(document.get("planned") or len(document["rows"]) for document in records.comparisons)
+    note = (
+        f"Unfinished: {len(rows)} of {planned} rows; the command below goes on with it." if len(rows) < planned else ""
+    )
+    return Page(title, "Comparison", _lead(rows, groups, failed), sections, "comparison.json", note)
 
 
 def _lead(rows: Sequence[Row], groups: Sequence[Group], failed: Sequence[Row]) -> str:

@@ -119,6 +119,7 @@ COMPARISON: dict[str, Any] = {
     "software?": {},
     "processor?": str,
     "threads?": int,
+    "planned?": int,
     "rows": [ROW],
 }
 
