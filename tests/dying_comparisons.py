@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 import secateur
-from dying_runs import ANYTHING, Fuse, result
+from dying_runs import ANYTHING, Fuse, outcome, result
 from secateur.pipeline import estimate, files
 from tiny import TEXT, files_below
 
@@ -55,10 +55,7 @@ def attempt(log, work, die_at=0):
             said.write_text(traceback.format_exc())
             os._exit(4)
         os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        return "killed"
-    return "done" if os.WEXITSTATUS(status) == 0 else said.read_text()
+    return outcome(child, said)
 
 
 def compared(folder):

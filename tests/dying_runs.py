@@ -92,6 +92,11 @@ def attempt(log, model, output, options, *, die_at=0, kinds=(), prepare=lambda: 
             said.write_text(traceback.format_exc())
             os._exit(4)
         os._exit(0)
+    return outcome(child, said)
+
+
+def outcome(child, said):
+    """How a fork ended: ``"killed"``, ``"done"``, or what it said."""
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
         return "killed"

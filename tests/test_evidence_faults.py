@@ -22,6 +22,7 @@ from secateur import cli
 from secateur.api import measuring
 from secateur.errors import OptionError, OutputError
 from secateur.evaluation import subject
+from secateur.evaluation.place import WORK
 from secateur.pipeline import files
 from secateur.report.markdown.comparison import comparison_markdown
 from secateur.report.terminal import progress
@@ -271,8 +272,9 @@ def test_models_of_one_name_are_told_apart(run, model):
 
 
 def test_somebody_elses_directory(place, told):
-    Path("mine/work").mkdir(parents=True)
-    Path("mine/work/thesis.txt").write_text("years of it")
+    theirs = Path("mine", WORK, "thesis.txt")
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years of it")
     Path("mine/lock").write_text("a key")
     before = everything(place)
     assert "mine: is not empty and holds no measurements.jsonl; choose another" in told(*ONE, "-o", "mine")

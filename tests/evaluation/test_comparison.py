@@ -10,21 +10,16 @@ from secateur.errors import DataError, ModelError, OptionError, OutputError
 from secateur.evaluation import subject
 from secateur.evaluation.grid import Cell, Grid
 from secateur.evaluation.rows import make_row
-from tiny import TEXT
 
 COMMON = {"seqlen": 16, "windows": 4, "samples": 4, "record": False}
 
 
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch):
-    monkeypatch.setattr("secateur.pipeline.estimate._operations_per_second", lambda: 1e9)
+pytestmark = pytest.mark.usefixtures("no_timing")
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT * 5)
-    return str(path)
+def text(long_text):
+    return long_text
 
 
 @pytest.fixture
@@ -251,6 +246,26 @@ def test_one_failing_cell_is_reported_and_the_rest_goes_on(compare, tmp_path, ca
     assert found["rows"][2]["evaluation"] is None and found["rows"][1]["perplexity_ratio"] > 0
     with pytest.raises(DataError, match=r"missing\.txt"):
         compare(methods=("wanda",), calibration=str(tmp_path / "missing.txt"))
+
+
+def test_nothing_is_compared_with_a_dense_model_that_did_not_come_to_the_end(compare, monkeypatch):
+    function, failed = subject.perplexity, []
+
+    def fails_once(reading, progress, **options):
+        if not failed:
+            failed.append(True)
+            raise MemoryError
+        return function(reading, progress, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subject, "perplexity", fails_once)
+        found = compare(methods=("magnitude",))
+    assert found["rows"][0]["error"] == "MemoryError: " and found["rows"][1]["error"] is None
+    again = compare(methods=("magnitude",))["rows"][1]
+    assert (
+        again["evaluation"]
+        == compare(methods=("magnitude",), output=compare.folder.with_name("anew"))["rows"][1]["evaluation"]
+    )
 
 
 def test_a_failed_cell_is_tried_again(compare, monkeypatch):

@@ -12,17 +12,12 @@ from secateur.errors import OptionError, OutputError
 from secateur.evaluation import search, subject
 from tiny import TEXT
 
-
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch):
-    monkeypatch.setattr("secateur.pipeline.estimate._operations_per_second", lambda: 1e9)
+pytestmark = pytest.mark.usefixtures("no_timing")
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT * 5)
-    return str(path)
+def text(long_text):
+    return long_text
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,10 @@ from secateur.report.markdown.card import (
     CARD,
     END,
     PAPERS,
-    front_matter,
-    hub_id,
     model_card,
     refresh_card,
 )
+from secateur.report.markdown.metadata import front_matter, hub_id
 from tiny import TEXT
 
 SOFTWARE = {"secateur": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "machine": "Linux x86_64"}

@@ -1,8 +1,9 @@
 """The Python interface: what the command line does, with the same names."""
 
 from .allocating import sensitivity
+from .comparing import compare, report
 from .making import PruneResult, pack, prune, unpack
-from .measuring import bench, compare, evaluate, generate, inspect, report
+from .measuring import bench, evaluate, generate, inspect
 
 __all__ = [
     "PruneResult",

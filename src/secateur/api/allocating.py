@@ -21,8 +21,7 @@ from ..progress import Progress
 from ..pruning import parse_pattern
 from ..pruning.allocation import allocate_by_sensitivity, default_target
 from ..report.terminal.progress import terminal_progress
-from .places import opened, output_path
-from .searching import DEFAULT_TEXT
+from .places import DEFAULT_TEXT, opened, output_path
 
 
 def sensitivity(

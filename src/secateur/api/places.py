@@ -23,6 +23,7 @@ from ..report.markdown.card import model_card, refresh_card
 log = logging.getLogger("secateur")
 
 README = "README.md"
+DEFAULT_TEXT = "wikitext2"
 
 
 def output_path(output: str | Path) -> Path:

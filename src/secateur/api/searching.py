@@ -17,8 +17,7 @@ from ..pipeline.plan import Request, listed
 from ..pipeline.run_directory import report_of
 from ..progress import Progress
 from ..pruning import parse_pattern
-
-DEFAULT_TEXT = "wikitext2"
+from .places import DEFAULT_TEXT
 
 
 def search_path(output: Path) -> Path:

@@ -210,20 +210,25 @@ class Subject:
 
     def _evaluated(self, cell: Cell | None, directory: Path) -> dict[str, Any]:
         if cell is None:
-            self._dense = Reading(self.host, self.windows, self.work / "dense")
-            found = perplexity(self._dense, self.progress, keep=True)
+            found = self._read_dense()
             if self.conditions.record:
                 self.conditions.record(self.directory, found)
             return found
         if self._dense is None:  # the dense figures are known from an earlier process, its predictions are not
-            self._dense = Reading(self.host, self.windows, self.work / "dense")
-            perplexity(self._dense, self.progress, keep=True)
+            self._read_dense()
         host = DiskHost(open_checkpoint(directory, self.conditions.trust_remote_code), self.device)
         reading = Reading(host, self.windows, self.work / "reading")
         try:
             return perplexity(reading, self.progress, dense=self._dense)
         finally:
             reading.close()
+
+    def _read_dense(self) -> dict[str, Any]:
+        """Let the dense model read the windows; what it makes of them is kept if it came to the end."""
+        reading = Reading(self.host, self.windows, self.work / "dense")
+        found = perplexity(reading, self.progress, keep=True)
+        self._dense = reading
+        return found
 
     def _calibration(self, cell: Cell) -> Tokens | None:
         if cell.calibration is None:

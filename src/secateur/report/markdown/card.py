@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,10 +16,10 @@ from ...evaluation.records import EVALUATIONS
 from ...models.source import SMOLLM2
 from ...pipeline.files import write_text
 from ...pipeline.run_directory import report_of
-from ...pruning import METHODS
 from ..commands import ALLOCATION, option_words, prune_command
 from ..words import duration, packed_words, size
 from .evaluation import DAMAGED, evaluation_markdown
+from .metadata import HUB_ID, carried, front_matter, hub_id, metadata
 from .papers import PAPERS
 from .text import (
     calibrated_on,
@@ -36,8 +35,6 @@ from .text import (
 CARD = "README.md"
 BEGIN, END = "<!-- secateur:evaluation -->", "<!-- /secateur:evaluation -->"
 PATTERNS = {"row": ", the same sparsity in every output row", "matrix": ", one choice over each whole matrix"}
-HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?"
-CARRIED = ("language", "license", "license_name", "license_link", "pipeline_tag")  # from the source's card
 
 Report = Mapping[str, Any]
 
@@ -56,10 +53,10 @@ def model_card(directory: Path, source_card: str | None) -> str:
     if report is None:
         raise OutputError(f"{directory}: holds no secateur.json, so there is nothing to make a card of")
     source = front_matter(source_card or "")
-    base = hub_id(report["plan"]["model"]["name"]) or _carried(source.get("base_model"), HUB_ID)
+    base = hub_id(report["plan"]["model"]["name"]) or carried(source.get("base_model"), HUB_ID)
     report = {**report, "base_model": base}
     parts = [
-        _metadata(report, source),
+        metadata(report, source),
         f"# {_title(report)}",
         _summary(report),
         markdown_table(["", ""], _facts(report), "ll"),
@@ -95,23 +92,6 @@ def refresh_card(directory: Path) -> None:
         write_text(path, text)
 
 
-def front_matter(card: str) -> dict[str, Any]:
-    """Return the metadata at the head of a card; empty if there is none that can be read."""
-    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", card, re.DOTALL | re.MULTILINE)
-    try:
-        data = yaml.safe_load(found[1]) if found else None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # a date of the 31st of February is a ValueError
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def hub_id(name: str) -> str | None:
-    """Return the name if a model by it comes from the hub, as `secateur.models.source.locate` decides, else None."""
-    if name == SMOLLM2 or name.endswith(".gguf") or len(name) > 96 or not re.fullmatch(HUB_ID, name):
-        return None
-    return None if Path(name).exists() else name
-
-
 def _report(directory: Path) -> Report | None:
     """The report of a directory, with that of ``prune`` under "pruned"; one that cannot be read counts for nothing."""
     report = report_of(directory)
@@ -121,29 +101,6 @@ def _report(directory: Path) -> Report | None:
         if report["pruned"] and all((_title(report), _summary(report), _facts(report), _making(directory, report))):
             return report
     return {**report, "pruned": None}
-
-
-def _metadata(report: Report, source: Mapping[str, Any]) -> str:
-    pruned, plan = report["pruned"], report["plan"]
-    base = report["base_model"]
-    method = pruned["plan"]["method"].partition(":")[0] if pruned else ""
-    tags = ["pruned"] if pruned else []
-    tags += ["sparse"] if pruned or not plan.get("values") else []  # rounding alone packs a dense model too
-    tags += ["secateur", *([method] if method in METHODS else [])]
-    data = {"base_model": base}
-    if base and plan.get("values"):  # the hub knows finetune, adapter, merge and quantized; pruning is none of them
-        data["base_model_relation"] = "quantized"
-    data |= {key: _carried(source.get(key)) for key in CARRIED}
-    data |= {"library_name": "transformers", "tags": tags}
-    kept = {key: value for key, value in data.items() if value}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10**6)}---"
-
-
-def _carried(value: Any, pattern: str = ".+") -> Any:
-    """A text or a list of texts; YAML reads the language of Norway as false."""
-    values = ["no" if one is False else one for one in (value if isinstance(value, list) else [value])]
-    texts = [text for one in values if isinstance(one, str) and re.fullmatch(pattern, text := plain(one))]
-    return texts if isinstance(value, list) else next(iter(texts), None)
 
 
 def _title(report: Report) -> str:
@@ -307,7 +264,7 @@ def _making(directory: Path, report: Report) -> str:
 
 
 def _licence(directory: Path, source: Mapping[str, Any]) -> str:
-    licence, name, link = (_carried(source.get(key)) for key in ("license", "license_name", "license_link"))
+    licence, name, link = (carried(source.get(key)) for key in ("license", "license_name", "license_link"))
     said = "A pruned model is a derivative of its base model, whose licence applies to it."
     if licence:
         words = [*(licence if isinstance(licence, list) else [licence]), *filter(None, (name, link))]
