@@ -19,6 +19,7 @@ FUNCTIONS = {
     "pack": "pack",
     "unpack": "unpack",
     "prune": "prune",
+    "shrink": "shrink",
     "eval": "evaluate",
     "inspect": "inspect",
     "generate": "generate",

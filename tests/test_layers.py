@@ -11,7 +11,7 @@ import secateur
 
 ROOT = Path(secateur.__file__).parent
 RANK = dict.fromkeys(["errors", "progress", "_version", "coming_from"], 0)  # anyone may import these
-RANK |= {"pruning": 1, "models": 2, "pipeline": 3, "runtime": 4, "evaluation": 5, "training": 5}
+RANK |= {"pruning": 1, "models": 2, "pipeline": 3, "runtime": 4, "shrinking": 4, "evaluation": 5, "training": 5}
 RANK |= {"report": 6, "api": 7, "cli": 8}
 FILES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 

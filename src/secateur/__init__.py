@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         prune,
         report,
         sensitivity,
+        shrink,
         unpack,
     )
     from .pruning import METHODS, Method, parse_method, parse_pattern
@@ -53,6 +54,7 @@ _LAZY = {
     "prune": "api",
     "report": "api",
     "sensitivity": "api",
+    "shrink": "api",
     "unpack": "api",
     "METHODS": "pruning",
     "Method": "pruning",
@@ -85,6 +87,7 @@ __all__ = [
     "pruning",
     "report",
     "sensitivity",
+    "shrink",
     "unpack",
 ]
 

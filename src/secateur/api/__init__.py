@@ -4,6 +4,7 @@ from .allocating import sensitivity
 from .comparing import compare, report
 from .making import PruneResult, pack, prune, unpack
 from .measuring import bench, evaluate, generate, inspect
+from .shrinking import shrink
 
 __all__ = [
     "PruneResult",
@@ -16,5 +17,6 @@ __all__ = [
     "prune",
     "report",
     "sensitivity",
+    "shrink",
     "unpack",
 ]

@@ -12,12 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, OptionError
-from ..evaluation.fidelity import Reading
-from ..evaluation.perplexity import perplexity
 from ..models.gguf import as_checkpoint
-from ..models.hosts import DiskHost
 from ..models.source import load_model, load_tokenizer, locate, open_checkpoint
-from ..pipeline.calibration import usual_windows
 from ..pipeline.live import prune_live
 from ..pipeline.machine import choose_device
 from ..pipeline.packing import pack_checkpoint, unpack_checkpoint
@@ -26,7 +22,7 @@ from ..pipeline.prune import prune_checkpoint
 from ..progress import Progress
 from ..pruning import Method
 from ..report.terminal.progress import terminal_progress
-from .places import output_path, write_card
+from .places import measured_on, output_path, write_card
 from .searching import search_path, sought
 
 
@@ -141,15 +137,9 @@ def prune(
     if max_loss is not None:
         request = sought(str(model), place, request, max_loss, progress, dry_run=dry_run, overwrite=overwrite)
 
-    def measure(directory: Path) -> dict[str, Any]:
-        host = DiskHost(open_checkpoint(directory, trust_remote_code), choose_device(device))
-        words = tokenizer or load_tokenizer(directory, trust_remote_code)
-        tokens = usual_windows(str(request.evaluate), words, host.model.config, seqlen)
-        with tempfile.TemporaryDirectory() as folder:
-            return perplexity(Reading(host, tokens, Path(folder)), progress)
-
+    measure = measured_on(evaluate, tokenizer, seqlen, device, progress, trust_remote_code) if evaluate else None
     report = prune_checkpoint(
-        str(model), place, request, progress, tokenizer=tokenizer, evaluate=measure if request.evaluate else None,
+        str(model), place, request, progress, tokenizer=tokenizer, evaluate=measure,
         describe=write_card, dry_run=dry_run, overwrite=overwrite, resume=resume,
     )  # fmt: skip
     if max_loss is not None:

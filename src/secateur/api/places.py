@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..evaluation.fidelity import Reading
+from ..evaluation.perplexity import perplexity
 from ..evaluation.records import record_evaluation
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
-from ..models.source import locate, open_checkpoint
+from ..models.source import load_tokenizer, locate, open_checkpoint
+from ..pipeline.calibration import usual_windows
 from ..pipeline.files import write_text
 from ..pipeline.machine import choose_device
+from ..pipeline.prune import Evaluate
+from ..progress import Progress
 from ..report.markdown.card import model_card, refresh_card
 
 log = logging.getLogger("secateur")
@@ -40,6 +45,21 @@ def opened(model: str | Path, device: str, trust_remote_code: bool) -> Iterator[
     with tempfile.TemporaryDirectory() as scratch:
         directory = as_checkpoint(locate(str(model), trust_remote_code), Path(scratch))
         yield DiskHost(open_checkpoint(directory, trust_remote_code), choose_device(device))
+
+
+def measured_on(
+    text: str, tokenizer: Any, seqlen: int | None, device: str, progress: Progress, trust_remote_code: bool
+) -> Evaluate:
+    """Return what measures the perplexity of a checkpoint's directory on the usual windows of a text."""
+
+    def measure(directory: Path) -> dict[str, Any]:
+        host = DiskHost(open_checkpoint(directory, trust_remote_code), choose_device(device))
+        words = tokenizer or load_tokenizer(directory, trust_remote_code)
+        tokens = usual_windows(text, words, host.model.config, seqlen)
+        with tempfile.TemporaryDirectory() as folder:
+            return perplexity(Reading(host, tokens, Path(folder)), progress)
+
+    return measure
 
 
 def command_line(function: Callable[..., Any], words: Sequence[str], options: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from ..errors import DataError
 from ..models.hosts import Host
 from ..pipeline.calibration import Tokens
 from ..pipeline.stream import Stream
+from ..pruning.divergence import divergence
 
 
 class Reading:
@@ -107,11 +108,10 @@ class Fidelity:
             raise DataError(f"the models' vocabularies differ: {logits_TV.shape[-1]} and {dense_TV.shape[-1]} tokens")
         self.same += int((dense_TV.argmax(-1) == logits_TV.argmax(-1)).sum())
         self.predictions += len(logits_TV)
-        dense_TV = log_softmax(dense_TV, dim=-1)
-        weight_TV = dense_TV.exp()
-        gap_TV = dense_TV - log_softmax(logits_TV, dim=-1)
-        self.divergence += float(torch.where(weight_TV > 0, weight_TV * gap_TV, 0).sum(dtype=torch.float64))
-        self.increases.append(float(gap_TV.gather(-1, next_T[:, None]).mean(dtype=torch.float64)))
+        dense_TV, logits_TV = log_softmax(dense_TV, dim=-1), log_softmax(logits_TV, dim=-1)
+        self.divergence += float(divergence(dense_TV, logits_TV).sum())
+        gap_T1 = dense_TV.gather(-1, next_T[:, None]) - logits_TV.gather(-1, next_T[:, None])
+        self.increases.append(float(gap_T1.mean(dtype=torch.float64)))
 
     def result(self) -> dict[str, Any]:
         """Put together the distances.

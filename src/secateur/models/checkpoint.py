@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ class Checkpoint:
         directory: where config, tokenizer and shards lie.
         tensors: every tensor of the checkpoint, by its name on disk.
         trust_remote_code: the user allowed the Python code that comes with the model.
+        homes: the shards that tensors are to be written to; of all others, that in which they lie.
     """
 
     directory: Path
     tensors: Mapping[str, Info]
     trust_remote_code: bool = False
+    homes: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def open(directory: Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -54,7 +56,7 @@ class Checkpoint:
         """Return each shard's file name with the names of its tensors, in the order of their first bytes."""
         grouped: dict[str, list[str]] = {}
         for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
-            grouped.setdefault(info.path.name, []).append(name)
+            grouped.setdefault(self.homes.get(name, info.path.name), []).append(name)
         return dict(sorted(grouped.items()))
 
     @property

@@ -40,11 +40,13 @@ class Watch:
         names: parameter -> expert -> the matrix's name.
         see: is shown inputs by name; may add to `everywhere` while it looks.
         everywhere: names of matrices whose expert is also run on all tokens of the layer, for `see` alone.
+        hear: is told of each expert's number, its output [T, D], and the weights [T] that its gate gives to it.
     """
 
     names: Mapping[str, Mapping[int, str]]
     see: See
     everywhere: Collection[str]
+    hear: Callable[[int, Tensor, Tensor], None] | None = None
 
     def show(self, key: str, routed: Callable[[int], Tensor], every: Callable[[int], Tensor]) -> None:
         """Show the inputs of one parameter's matrices: of the tokens routed to them, or of all."""
@@ -89,6 +91,8 @@ def _experts(self: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: T
         y_TD = _linear(self, "down_proj", expert, inner[expert])
         if getattr(self, "has_post_expert_norm", False):
             y_TD = self.post_expert_norm(y_TD)
+        if watch and watch.hear:
+            watch.hear(expert, y_TD, top_k_weights[token, slot])
         out_TD.index_add_(0, token, (y_TD * top_k_weights[token, slot, None]).to(out_TD.dtype))
     return out_TD.to(hidden_TD.dtype)
 

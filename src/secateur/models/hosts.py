@@ -143,10 +143,18 @@ class DiskHost:
 
     def written_dtype(self, matrix: Matrix) -> torch.dtype:
         """The dtype in which a matrix is written."""
-        return self.dtype or self.checkpoint.tensors[self.names_of[matrix.parameter][0]].dtype
+        return self.dtype_on_disk(matrix.parameter)
 
-    def on_disk(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def dtype_on_disk(self, parameter: str) -> torch.dtype:
+        """The dtype in which a parameter or buffer (name in memory) is written."""
+        return self.dtype or self.checkpoint.tensors[self.names_of[parameter][0]].dtype
+
+    def on_disk(self, changed: Mapping[str, Tensor], *, resized: bool = False) -> dict[str, Tensor]:
         """Return changed parameters of the block loaded last (names in memory) under their names on disk.
+
+        Args:
+            changed: by names in memory.
+            resized: they may have other shapes than in the checkpoint.
 
         Raises:
             ModelError: a name does not come back.
@@ -159,7 +167,7 @@ class DiskHost:
             back[name.removeprefix(prefix)] = back.pop(name)  # saved without its head, as GPT-2 on the hub
         for name, tensor in back.items():
             info = self.checkpoint.tensors.get(name)
-            if info is None or info.shape != tuple(tensor.shape):
+            if info is None or (info.shape != tuple(tensor.shape) and not resized):
                 raise ModelError(f"{name}: transformers does not give back the checkpoint's own names and shapes")
         return back
 

@@ -65,6 +65,13 @@ class Matrix:
         """What all matrices of one expert have in common."""
         return id(self.module), self.expert
 
+    @property
+    def bias(self) -> tuple[str, Any] | None:
+        """The name in the model, and the whole parameter, of the matrix's bias; None without one."""
+        key = "bias" if self.expert is None else f"{self.key}_bias"
+        held = self.module._parameters.get(key)
+        return None if held is None else (f"{self.parameter.rpartition('.')[0]}.{key}", held)
+
     def _view(self) -> Tensor:
         held: Tensor = self.weight.detach()
         if self.expert is not None:
@@ -79,6 +86,13 @@ class Matrix:
         """Put new weights [out, in] into the resident parameter."""
         self._view().copy_(W_OI)
         self.weight.changed = True
+
+    def add_to_bias(self, change_O: Tensor) -> None:
+        """Change the resident bias [out]; there must be one."""
+        assert self.bias is not None
+        held = self.bias[1]
+        (held if self.expert is None else held[self.expert]).detach().add_(change_O)
+        held.changed = True
 
 
 def matrices(block: nn.Module, path: str) -> dict[str, Matrix]:

@@ -56,7 +56,7 @@ def check_replay(skeleton: Skeleton, resident: Load, ids_BT: Tensor) -> frozense
             with resident(index) as block, torch.no_grad(), watching(matrices(block, path), see):
                 replayed = skeleton.record(ids_BT)[1][index].run(block, hidden)
                 other = skeleton.record(ids_BT.flip(1))[1][index].run(block, other)
-            same = _same(expected, replayed)
+            same = same_output(expected, replayed)
         except SecateurError:
             raise
         except Exception as error:  # whatever the block's own code raises without its neighbours
@@ -69,7 +69,7 @@ def check_replay(skeleton: Skeleton, resident: Load, ids_BT: Tensor) -> frozense
     return frozenset(observed)
 
 
-def _same(expected: Tensor, found: Tensor) -> bool:
+def same_output(expected: Tensor, found: Tensor) -> bool:
     """Whether two outputs of a block are equal but for rounding: the model runs experts by another kernel.
 
     In 16 bits, as on a GPU, rounding takes single values far, so there the mean counts.

@@ -65,6 +65,9 @@ class DiskRun:
     def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
         """Write the parameters of a resident block's pruned matrices under their names on disk."""
         changed = {m.parameter: m.weight.detach().to(self.host.written_dtype(m)) for m in pruned}
+        for name, bias in (m.bias for m in pruned if m.bias):
+            if bias.__dict__.get("changed"):
+                changed[name] = bias.detach().to(self.host.dtype_on_disk(name))
         tensors = self.host.on_disk(changed) if changed else {}
         for name, (_, parts) in self._packed.items():
             del tensors[name]

@@ -56,11 +56,14 @@ class Job:
         targets: by matrix.
         propagate: ``"block"``, pruned blocks before them; ``"dense"``, the unpruned model; ``"sequential"``, every
             pruned matrix before them.
+        fold_mean: where a matrix has a bias, it takes over what the pruned weights gave on average; the method must
+            ask for the inputs' sum, and is handed sums over the inputs less their mean.
     """
 
     method: Method
     targets: Mapping[str, Target]
     propagate: str = "block"
+    fold_mean: bool = False
 
     def chosen(self, host: Host, index: int) -> dict[str, Matrix]:
         """Return the matrices of one block that are to be pruned."""
@@ -150,6 +153,8 @@ def prune_matrix(run: Run, matrix: Matrix, job: Job, observer: Observer) -> dict
     statistics = observer.statistics(matrix.name) if job.method.needs else Statistics()
     target = job.targets[matrix.name]
     W_OI = matrix.read()
+    mean_I = statistics.mean_I.float() if job.fold_mean and matrix.bias is not None else None
+    statistics = statistics if mean_I is None else statistics.centred()
     new_OI, mask_OI = _prune(matrix.name, W_OI, statistics, job.method, target)
     written = run.as_written(matrix, new_OI)
     if not _finite(written):
@@ -168,6 +173,8 @@ def prune_matrix(run: Run, matrix: Matrix, job: Job, observer: Observer) -> dict
     }
     if matrix.name in observer.routed_tokens:
         record["routed_tokens"] = observer.routed_tokens[matrix.name]
+    if mean_I is not None:
+        matrix.add_to_bias((W_OI.float() - written.float()) @ mean_I)
     matrix.write(written)
     return record
 

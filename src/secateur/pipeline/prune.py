@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .calibration import Tokens
 from .disk_run import DiskRun
 from .estimate import estimate
 from .files import check_room, write_text
-from .loop import prune_blocks
+from .loop import Job, prune_blocks
 from .machine import choose_device, peak_memory_bytes, threads
 from .output import Describe, check_output, make_report, write_checkpoint
 from .packing import packed_bytes
@@ -126,24 +126,24 @@ def _run(
     started = time.perf_counter()
     needed = estimate(plan, host, tokens)["estimate"]["disk_bytes"]
     check_room(run.path, 0 if run.blocks else needed, "this run")
-    before = _evaluated(run, plan, "before", source.directory, evaluate)
+    before = evaluated(run, plan.record, "before", source.directory, evaluate)
     results = DiskRun(run, host, plan.record["format"], plan.record["values"])
     if results.done:
         log.info("going on from block %d of %d", results.done + 1, len(host.skeleton.real))
     if results.done < len(host.skeleton.real):
-        stream = _stream(run, host, results, tokens, plan, progress) if tokens else None
+        stream = stream_at(run, host, results, tokens, plan.job, progress) if tokens else None
         prune_blocks(host, plan.job, stream, results, progress)
         if stream:
             stream.close()
     target = run.path / "output"
     write_checkpoint(source, [run.block_tensors(i) for i in range(results.done)], target, host.dtype, progress)
-    after = _evaluated(run, plan, "after", target, evaluate)
+    after = evaluated(run, plan.record, "after", target, evaluate)
     report = make_report(
         plan,
         run.blocks,
         seconds={"pruning": sum(b["seconds"] for b in run.blocks), "this_process": time.perf_counter() - started},
         peak_memory_bytes=peak_memory_bytes(),
-        bytes=_bytes(path, source, target),
+        bytes=file_bytes(path, source, target),
         packed=packed_bytes(Checkpoint.open(target)),
         evaluation={"before": before, "after": after} if after else None,
     )
@@ -154,7 +154,8 @@ def _run(
     return report
 
 
-def _bytes(source: Path, checkpoint: Checkpoint, target: Path) -> dict[str, int]:
+def file_bytes(source: Path, checkpoint: Checkpoint, target: Path) -> dict[str, int]:
+    """Bytes of the source's files, of its tensors in 16 bits, and of the output's tensors."""
     files = checkpoint.files if source.is_dir() else [source]
     return {
         "source_files": sum(file.stat().st_size for file in files),
@@ -163,12 +164,13 @@ def _bytes(source: Path, checkpoint: Checkpoint, target: Path) -> dict[str, int]
     }
 
 
-def _evaluated(
-    run: RunDirectory, plan: Plan, when: str, directory: Path, evaluate: Evaluate | None
+def evaluated(
+    run: RunDirectory, plan: Mapping[str, Any], when: str, directory: Path, evaluate: Evaluate | None
 ) -> dict[str, Any] | None:
+    """Measure a checkpoint, unless the journal knows the result; None if nothing is to be measured."""
     if evaluate is None:
         return None
-    what = {"evaluated": when, "of": plan.record["evaluate"]}  # another text may be asked for on resume
+    what = {"evaluated": when, "of": plan["evaluate"]}  # another text may be asked for on resume
     for line in run.journal:
         if what.items() <= line.items():
             result: dict[str, Any] = line["result"]
@@ -178,8 +180,8 @@ def _evaluated(
     return result
 
 
-def _stream(
-    run: RunDirectory, host: DiskHost, results: DiskRun, tokens: Tokens, plan: Plan, progress: Progress
+def stream_at(
+    run: RunDirectory, host: DiskHost, results: DiskRun, tokens: Tokens, job: Job, progress: Progress
 ) -> Stream:
     """The calibration tokens, at the first unfinished block."""
     done = results.done
@@ -188,14 +190,14 @@ def _stream(
     stream = Stream(host, tokens.rows, run.path / "hidden")
     progress.start("repeating hidden states", done * len(stream.batches))
     for index in range(done):
-        written = None if plan.job.propagate == "dense" else results.written(index)
-        with host.block(index, written) as block, _as_first_run(host, plan, index):
+        written = None if job.propagate == "dense" else results.written(index)
+        with host.block(index, written) as block, _as_first_run(host, job, index):
             stream.forward(index, block, progress)
     progress.finish()
     return stream
 
 
-def _as_first_run(host: DiskHost, plan: Plan, index: int) -> AbstractContextManager[None]:
+def _as_first_run(host: DiskHost, job: Job, index: int) -> AbstractContextManager[None]:
     """Repeat a forward as it was: under "sequential" it was watched, which changes the last bits of experts."""
-    watched = plan.job.chosen(host, index) if plan.job.propagate == "sequential" else {}
+    watched = job.chosen(host, index) if job.propagate == "sequential" else {}
     return watching(watched, lambda inputs: None)

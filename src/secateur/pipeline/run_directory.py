@@ -3,6 +3,7 @@
     plan.json        what the run does, frozen
     journal.jsonl    one line for every finished block, and for evaluations
     blocks/          the new tensors of each finished block
+    cut/             the tensors of blocks with fewer neurons, heads or experts
     hidden/          hidden states on their way
     source-*/        a GGUF model, dequantised
     output/          the checkpoint while it is being written
@@ -38,7 +39,7 @@ log = logging.getLogger("secateur")
 
 REPORT = "secateur.json"
 
-OURS = re.compile(r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|hidden|output|former|source-.*")
+OURS = re.compile(r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|cut|hidden|output|former|source-.*")
 
 # Entries of the plan that do not change the result.
 COMMENTS = frozenset({"evaluate", "search", "software"})
@@ -126,7 +127,7 @@ class RunDirectory:
             differing = differences(dict(json.loads(path.read_text())), plan) if path.exists() else []
         except (ValueError, TypeError):
             raise ResumeError(f"{path}: is damaged; --no-resume begins anew") from None
-        if differing and self.blocks:
+        if differing and self.begun:
             raise ResumeError(
                 f"{self.path}: holds an unfinished run with {differing[0]}; "
                 "use the former options to go on, or --no-resume to begin anew"
@@ -140,6 +141,11 @@ class RunDirectory:
     def blocks(self) -> list[dict[str, Any]]:
         """The records of the finished blocks, in order."""
         return [line for line in self.journal if "block" in line]
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was finished that a later process can go on with: a block, or a step before the first."""
+        return any("block" in line or "step" in line for line in self.journal)
 
     @property
     def hidden_is_sound(self) -> bool:
@@ -206,7 +212,7 @@ class RunDirectory:
     def close(self) -> None:
         """Leave: keep what a later run can use, remove a directory in which no block was finished."""
         if self._lock.is_locked:
-            if self.blocks:
+            if self.begun:
                 self.release()
             else:
                 self.forget()

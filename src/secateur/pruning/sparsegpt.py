@@ -10,6 +10,7 @@ j and later. Inside, the weights are held transposed, columns first, so that a c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -125,15 +126,7 @@ def inverse_factor(gram_II: Tensor, damping: float) -> Tensor:
     Raises:
         NumericsError: the Gram matrix is not finite, or no attempt succeeds.
     """
-    if not torch.isfinite(gram_II).all():
-        raise NumericsError("the Gram matrix of the inputs holds NaN or Inf")
-    for dtype, factor in ((torch.float32, 1), (torch.float32, 10), (torch.float64, 10)):
-        H_II = gram_II.to(dtype, copy=True)
-        diagonal_I = H_II.diagonal()
-        alive_I = diagonal_I > 0
-        mean = diagonal_I[alive_I].mean() if alive_I.any() else torch.ones((), dtype=dtype)
-        diagonal_I[~alive_I] = mean
-        diagonal_I += factor * damping * mean
+    for H_II in damped(gram_II, damping):
         # With J the reversal of rows and columns and J H J = L Lᵀ, U = (J L J)⁻¹: one factorisation and
         # one triangular inverse instead of the authors' two factorisations and a full inverse.
         L_II, info = torch.linalg.cholesky_ex(H_II.flip(0, 1))
@@ -145,6 +138,24 @@ def inverse_factor(gram_II: Tensor, damping: float) -> Tensor:
         "the inputs' Gram matrix cannot be factorised even with ten times the damping in float64; "
         "raise the damping (sparsegpt:damping=0.1) or use more calibration text"
     )
+
+
+def damped(gram_II: Tensor, damping: float) -> Iterator[Tensor]:
+    """Yield G + d I, d = damping * mean(diag G); for those that fail to factorise it, with 10 d, and then in float64.
+
+    Raises:
+        NumericsError: the Gram matrix is not finite.
+    """
+    if not torch.isfinite(gram_II).all():
+        raise NumericsError("the Gram matrix of the inputs holds NaN or Inf")
+    for dtype, factor in ((torch.float32, 1), (torch.float32, 10), (torch.float64, 10)):
+        H_II = gram_II.to(dtype, copy=True)
+        diagonal_I = H_II.diagonal()
+        alive_I = diagonal_I > 0
+        mean = diagonal_I[alive_I].mean() if alive_I.any() else torch.ones((), dtype=dtype)
+        diagonal_I[~alive_I] = mean
+        diagonal_I += factor * damping * mean
+        yield H_II
 
 
 def _inverse_lower(L_II: Tensor) -> Tensor:

@@ -45,6 +45,25 @@ class Statistics:
             both(self.gram_II, other.gram_II),
         )
 
+    @property
+    def mean_I(self) -> Tensor:
+        """Mean of the inputs, [I], float64; there must be a sum."""
+        assert self.sum_I is not None
+        return self.sum_I / max(self.tokens, 1)
+
+    def centred(self) -> Statistics:
+        """Return the same sums over the inputs less their mean; there must be a sum.
+
+        >>> Statistics.of(torch.tensor([[1.0], [3.0]])).centred().gram_II
+        tensor([[2.]])
+        """
+        mean_I, gram = self.mean_I, None
+        if self.gram_II is not None:
+            gram = (self.gram_II.double() - self.tokens * torch.outer(mean_I, mean_I)).to(self.gram_II.dtype)
+            gram.diagonal().clamp_(min=0)
+        sumsq = None if self.sumsq_I is None else (self.sumsq_I - self.tokens * mean_I.square()).clamp_(min=0)
+        return Statistics(self.tokens, torch.zeros_like(mean_I), sumsq, gram)
+
     @staticmethod
     def of(x_TI: Tensor, needs: Collection[str] = (SUM, SUMSQ, GRAM)) -> Statistics:
         """Sum one batch of inputs [..., I].

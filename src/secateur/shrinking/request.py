@@ -1,0 +1,121 @@
+"""What the user asked `shrink` for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import OptionError, nearest
+from ..pipeline.plan import MOST_THREADS, PROPAGATE, written_dtype
+from ..pruning import Method
+from ..pruning.structured import structured
+from . import depth
+
+OF = ("heads", "neurons", "layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkRequest:
+    """The options of one cut, as `secateur.shrink` documents them."""
+
+    neurons: float | None = None
+    heads: float | None = None
+    layers: int | str | Sequence[int] | None = None
+    experts: float | None = None
+    target: float | None = None
+    of: str | Sequence[str] = ("heads", "neurons")
+    round: int = 64
+    criterion: str = "obs"
+    depth: str = "kl"
+    compensate: bool = True
+    calibration: Any = "c4"
+    samples: int | None = None
+    seqlen: int | None = None
+    seed: int = 0
+    propagate: str = "sequential"
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    evaluate: str | None = None
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Raise OptionError for what can be refused before a model is opened."""
+        given = [
+            name for name in ("neurons", "heads", "layers", "experts", "target") if getattr(self, name) is not None
+        ]
+        if not given:
+            raise OptionError("nothing to remove: give neurons, heads, layers, experts or target")
+        if self.target is not None and len(given) > 1:
+            raise OptionError(f"target and {given[0]}: target decides alone how much goes; leave one of them out")
+        for name in ("neurons", "heads", "experts", "target"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise OptionError(f"{name} {value:g}: a fraction that goes, between 0 and 1")
+        if self.round < 1:
+            raise OptionError(f"round {self.round}: at least 1")
+        if not self.parts:
+            raise OptionError(f"of is empty: {nearest('', OF)}")
+        for part in self.parts:
+            if part not in OF:
+                raise OptionError(f"unknown part {part!r}: {nearest(part, OF)}")
+        if "layers" in self.parts and len(self.parts) > 1:
+            raise OptionError("of layers: stands alone; give --layers and --target in two runs for both")
+        if self.depth not in depth.BY:
+            raise OptionError(f"unknown depth {self.depth!r}: {nearest(self.depth, depth.BY)}")
+        structured(self.criterion, compensated=self.compensate)
+        if self.propagate not in PROPAGATE:
+            raise OptionError(f"unknown propagate {self.propagate!r}: {nearest(self.propagate, PROPAGATE)}")
+        written_dtype(self.dtype)
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise OptionError(f"threads {self.threads}: at least 1 is needed, and {MOST_THREADS} are the most")
+        self.wanted_layers()
+
+    @property
+    def parts(self) -> list[str]:
+        """What `target` may take from."""
+        return [part.strip() for part in self.of.split(",")] if isinstance(self.of, str) else list(self.of)
+
+    @property
+    def method(self) -> Method:
+        """The method that chooses neurons and heads."""
+        return structured(self.criterion, compensated=self.compensate, seed=self.seed)
+
+    def wanted_layers(self) -> int | list[int] | None:
+        """How many layers go, or which.
+
+        Raises:
+            OptionError: neither a number nor a list of numbers.
+        """
+        if self.layers is None or isinstance(self.layers, int):
+            return self.layers
+        parts = self.layers.split(",") if isinstance(self.layers, str) else list(self.layers)
+        try:
+            numbers = [int(part) for part in parts]
+        except (TypeError, ValueError):
+            raise OptionError(f"layers {self.layers!r}: a number of layers, or a list of their numbers (3,5)") from None
+        if isinstance(self.layers, str) and len(parts) == 1:
+            return numbers[0]
+        return sorted(set(numbers))
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether anything is to be observed."""
+        layers = self.wanted_layers()
+        by_layers = isinstance(layers, int) or (self.target is not None and self.parts == ["layers"])
+        width = self.neurons is not None or self.heads is not None
+        split = self.target is not None and self.parts != ["layers"]
+        return (
+            self.experts is not None
+            or (by_layers and self.depth != "random")
+            or (width and bool(self.method.needs))
+            or (split and (bool(self.method.needs) or len(self.parts) > 1))
+        )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The options that decide the result, for the plan."""
+        left_out = ("calibration", "samples", "seqlen", "device", "threads", "evaluate", "trust_remote_code")
+        found = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return found | {"layers": self.wanted_layers(), "of": self.parts}

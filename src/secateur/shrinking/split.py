@@ -1,0 +1,171 @@
+"""How a number of parameters is best taken from heads and from neurons: tried out, and measured by predictions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ModelError, OptionError
+from ..models.hosts import DiskHost
+from ..models.matrices import Matrix
+from ..pipeline.loop import Job, prune_matrix
+from ..pipeline.observation import Observer, at_once
+from ..pipeline.stream import Stream
+from ..progress import Progress, Silent
+from ..pruning import Method
+from .config import Config
+from .roles import HEADS, NEURONS, of_kind
+from .trials import Trial, Trials
+from .width import Narrowing, couplings_of
+
+log = logging.getLogger("secateur")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is taken from where; None: nothing.
+
+    Attributes:
+        heads: groups of heads that are left.
+        neurons: fraction of the neurons that goes.
+        parameters: that go, before the neurons are rounded.
+    """
+
+    heads: int | None
+    neurons: float | None
+
+    def __str__(self) -> str:
+        words = [f"{self.heads} groups of heads left"] if self.heads is not None else []
+        words += [f"{self.neurons:.1%} of the neurons removed"] if self.neurons else []
+        return " and ".join(words) or "nothing removed"
+
+
+def shares(host: DiskHost, target: float, of: Sequence[str]) -> list[Share]:
+    """Return the ways to take a fraction of the blocks' parameters from heads and neurons.
+
+    Raises:
+        OptionError: there is none.
+    """
+    config = Config(host.checkpoint.directory, host.model.config)
+    blocks = [couplings_of(host, index) for index in range(len(host.skeleton.real))]
+    total = sum(p.numel() for block in host.skeleton.real for p in block.parameters())
+    weights = {k: sum(c.weights for block in blocks for c in of_kind(block, k)) for k in (NEURONS, HEADS)}
+    wanted = target * total
+    groups = config.heads[1] if HEADS in of and weights[HEADS] else 1
+    found: list[Share] = []
+    for left in range(groups, 0, -1) if HEADS in of else [groups]:
+        rest = wanted - weights[HEADS] * (groups - left) / groups
+        fraction = rest / weights[NEURONS] if weights[NEURONS] else 1.0
+        heads = left if left < groups else None
+        if NEURONS in of and 0 < fraction < 1:
+            found.append(Share(heads, fraction))
+        elif HEADS in of and heads is not None and abs(rest) <= weights[HEADS] / groups / 2:
+            found.append(Share(heads, None))
+    if not found:
+        most = sum(weights[kind] for kind in of) / total
+        raise OptionError(
+            f"target {target:g}: cannot be taken from {' and '.join(of)}, which hold {most:.0%} of the blocks' weights"
+        )
+    return found
+
+
+def values_of(config: Config, share: Share, widths: Sequence[int], multiple: int) -> dict[str, int]:
+    """New values for a config from which a share is taken."""
+    values = config.fewer_heads(share.heads) if share.heads is not None else {}
+    return values | (config.narrower(share.neurons, widths, multiple) if share.neurons else {})
+
+
+def best_share(
+    host: DiskHost,
+    candidates: Sequence[Share],
+    multiple: int,
+    method: Method,
+    rows: Sequence[Tensor],
+    folder: Path,
+    progress: Progress,
+) -> tuple[Share, dict[str, float]]:
+    """Try all shares out on a few rows, with the statistics of the whole model, and return the one that harms least.
+
+    Args:
+        host: the model.
+        candidates: two or more.
+        multiple: that new widths are of.
+        method: chooses what goes.
+        rows: of calibration tokens.
+        folder: for what is needed meanwhile.
+        progress: hears of blocks.
+
+    Returns:
+        The share, and KL(model || trial) in nats per token by share.
+    """
+    config = Config(host.checkpoint.directory, host.model.config)
+    possible: dict[Share, Job] = {}
+    for share in candidates:
+        try:
+            narrowing = Narrowing(host, values_of(config, share, widths_of(host), multiple), folder / "config")
+        except (ModelError, OptionError) as error:
+            log.info("%s: not possible (%s)", share, error)
+            reason = error
+            continue
+        possible[share] = narrowing.job(method, "dense")
+    if not possible:
+        raise reason
+    trials = Trials(host, rows)
+    stream = Stream(host, [row for ids in trials.batches for row in ids], folder) if method.needs else None
+    observer = Observer({}, method.needs)
+
+    def visit(index: int, block: nn.Module) -> None:
+        nonlocal observer
+        chosen: dict[str, Matrix] = {}
+        for job in possible.values():
+            chosen |= job.chosen(host, index)
+        observer = Observer(chosen, method.needs)
+        if stream:
+            for _ in at_once(stream, index, block, observer, Silent()):
+                pass
+
+    def trial(share: Share, job: Job) -> Trial:
+        @contextmanager
+        def change(index: int, block: nn.Module) -> Iterator[bool]:
+            chosen = job.chosen(host, index)
+            touched = {id(p): p for m in chosen.values() for p in (m.weight, m.bias and m.bias[1]) if p is not None}
+            former = [(parameter, parameter.detach().clone()) for parameter in touched.values()]
+            try:
+                for matrix in chosen.values():
+                    prune_matrix(_AsIs(), matrix, job, observer)
+                yield True
+            finally:
+                for parameter, weights in former:
+                    parameter.data.copy_(weights)
+
+        return Trial(str(share), 0, change)
+
+    distances = trials.distances([trial(share, job) for share, job in possible.items()], progress, visit)
+    found = dict(zip(possible, distances, strict=True))
+    for share, distance in found.items():
+        log.info("%s: KL %.4f", share, distance)
+    return min(found, key=found.__getitem__), {str(share): distance for share, distance in found.items()}
+
+
+def widths_of(host: DiskHost) -> list[int]:
+    """The widths of a model's MLPs."""
+    found: set[int] = set()
+    for index in range(len(host.skeleton.real)):
+        found |= {c.columns for c in of_kind(couplings_of(host, index), NEURONS)}
+    return sorted(found)
+
+
+class _AsIs:
+    """New weights as they are."""
+
+    def as_written(self, matrix: Matrix, W_OI: Tensor) -> Tensor:
+        return W_OI
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(name)
