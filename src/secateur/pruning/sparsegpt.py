@@ -116,7 +116,7 @@ def _sweep(W_CO: Tensor, U_CC: Tensor, keep_CO: Tensor, groups: NM | None) -> Te
     return error_CO
 
 
-def inverse_factor(gram_II: Tensor, damping: float) -> Tensor:
+def inverse_factor(gram_II: Tensor, damping: float, *, unseen: float = 1.0) -> Tensor:
     """Return upper triangular U with (G + d I)⁻¹ = Uᵀ U, where d = damping * mean(diag G).
 
     The mean is that of the columns that had input; the others take it as their diagonal (the authors' code
@@ -126,7 +126,7 @@ def inverse_factor(gram_II: Tensor, damping: float) -> Tensor:
     Raises:
         NumericsError: the Gram matrix is not finite, or no attempt succeeds.
     """
-    for H_II in damped(gram_II, damping):
+    for H_II in damped(gram_II, damping, unseen=unseen):
         # With J the reversal of rows and columns and J H J = L Lᵀ, U = (J L J)⁻¹: one factorisation and
         # one triangular inverse instead of the authors' two factorisations and a full inverse.
         L_II, info = torch.linalg.cholesky_ex(H_II.flip(0, 1))
@@ -140,8 +140,10 @@ def inverse_factor(gram_II: Tensor, damping: float) -> Tensor:
     )
 
 
-def damped(gram_II: Tensor, damping: float) -> Iterator[Tensor]:
+def damped(gram_II: Tensor, damping: float, *, unseen: float = 1.0) -> Iterator[Tensor]:
     """Yield G + d I, d = damping * mean(diag G); for those that fail to factorise it, with 10 d, and then in float64.
+
+    Columns without input get `unseen` times that mean as their diagonal in G.
 
     Raises:
         NumericsError: the Gram matrix is not finite.
@@ -153,7 +155,7 @@ def damped(gram_II: Tensor, damping: float) -> Iterator[Tensor]:
         diagonal_I = H_II.diagonal()
         alive_I = diagonal_I > 0
         mean = diagonal_I[alive_I].mean() if alive_I.any() else torch.ones((), dtype=dtype)
-        diagonal_I[~alive_I] = mean
+        diagonal_I[~alive_I] = unseen * mean
         diagonal_I += factor * damping * mean
         yield H_II
 

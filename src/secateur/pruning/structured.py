@@ -103,7 +103,7 @@ def obs(
     """
     assert isinstance(pattern, Columns) and statistics.gram_II is not None
     width = pattern.width
-    U_II = inverse_factor(statistics.gram_II, damping)
+    U_II = inverse_factor(statistics.gram_II, damping, unseen=0)
     inverse_II = U_II.T @ U_II
     W_OI = W_OI.float().clone()
     left = pattern.removed(W_OI.shape[1], sparsity)
@@ -167,7 +167,7 @@ def compensate(W_OI: Tensor, gram_II: Tensor, kept_I: Tensor, damping: float = D
     """
     K, R = kept_I.nonzero()[:, 0], (~kept_I).nonzero()[:, 0]
     new_OI = torch.zeros_like(W_OI, dtype=torch.float32)
-    for H_II in damped(gram_II, damping):
+    for H_II in damped(gram_II, damping, unseen=0):
         L_KK, info = torch.linalg.cholesky_ex(H_II[K][:, K])
         if info.item() == 0:
             share_KR = torch.cholesky_solve(H_II[K][:, R], L_KK)
@@ -202,8 +202,8 @@ def structured(criterion: str, *, compensated: bool, seed: int = 0) -> Method:
         raise OptionError(f"unknown criterion {criterion!r}: {nearest(criterion, CRITERIA)}")
     chosen = CRITERIA[criterion]
     choose = partial(chosen.prune, seed=seed) if criterion == "random" else chosen.prune
-    needs = chosen.needs | {SUM} | ({GRAM} if compensated else frozenset())
-    return Method(_cut(choose, compensated), needs if needs != {SUM} else frozenset(), paper=chosen.paper)
+    needs = chosen.needs | ({SUM, GRAM} if compensated else frozenset())
+    return Method(_cut(choose, compensated), needs, paper=chosen.paper)
 
 
 def _cut(choose: Callable[..., tuple[Tensor, Tensor]], compensated: bool) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..models.checkpoint import Checkpoint
 from ..models.experts import Watch, expert_keys, experts_watched
 from ..models.hosts import DiskHost
 from ..pipeline.stream import Stream
 from ..progress import Progress
+from .config import Config
+from .cut import Kept
+from .cutting import Cut, blocks_of_each_kind, cut_all, try_out
+from .proof import silenced_experts
+from .roles import Geometry
+from .views import with_config
 
 
 def expert_modules(block: nn.Module) -> list[Any]:
@@ -20,7 +29,7 @@ def expert_modules(block: nn.Module) -> list[Any]:
     return [module for module in block.modules() if expert_keys(module)]
 
 
-def saliences(host: DiskHost, stream: Stream, progress: Progress) -> list[Tensor | None]:
+def saliences(host: DiskHost, stream: Stream, progress: Progress) -> list[list[float] | None]:
     """Return, for each block with experts, how much each expert gives to the tokens that are routed to it.
 
     That is the mean over those tokens of its gate's weight times the norm of its output: REAP, Lasby et al. 2025,
@@ -31,7 +40,7 @@ def saliences(host: DiskHost, stream: Stream, progress: Progress) -> list[Tensor
         stream: calibration tokens, at the first block; moved to the end.
         progress: hears of micro-batches.
     """
-    found: list[Tensor | None] = []
+    found: list[list[float] | None] = []
     progress.start("observing experts", len(host.skeleton.real) * len(stream.batches))
     for index in range(len(host.skeleton.real)):
         with host.block(index) as block:
@@ -46,13 +55,68 @@ def saliences(host: DiskHost, stream: Stream, progress: Progress) -> list[Tensor
 
             with experts_watched({module: Watch({}, lambda inputs: None, (), hear) for module in modules}):
                 stream.forward(index, block, progress)
-            found.append(torch.tensor([total / max(count, 1) for total, count in sums]) if modules else None)
+            found.append([total / max(count, 1) for total, count in sums] if modules else None)
     progress.finish()
     return found
 
 
-def strongest(salience_E: Tensor, left: int) -> list[int]:
+def strongest(salience: Sequence[float], left: int) -> list[int]:
     """The numbers of the `left` experts that give most; of equals, the later."""
-    order: Any = torch.sort(salience_E, stable=True).indices
-    kept: Sequence[int] = order[len(order) - left :].tolist()
-    return sorted(kept)
+    order = sorted(range(len(salience)), key=lambda expert: (salience[expert], expert))
+    return sorted(order[len(order) - left :])
+
+
+class Thinning:
+    """A mixture, and the one with fewer experts that a new config makes of it.
+
+    Attributes:
+        values: new ones for the config.
+        left: experts.
+    """
+
+    def __init__(self, host: DiskHost, fraction: float, folder: Path) -> None:
+        """Make the smaller model, without weights.
+
+        Args:
+            host: the model.
+            fraction: of the experts, that goes.
+            folder: for its config.json.
+
+        Raises:
+            SecateurError: it has no experts, or too few would be left.
+        """
+        config = Config(host.checkpoint.directory, host.model.config)
+        self.host, self.values = host, config.fewer_experts(fraction)
+        (self.left,) = self.values.values()
+        self.has = [bool(expert_modules(block)) for block in host.skeleton.real]
+        if not any(self.has):
+            raise ModelError(f"{config.kind}: transformers does not run its experts through its interface of experts")
+        view = with_config(host.checkpoint, config.changed(**self.values), folder)
+        self.small = DiskHost(view, host.device, host.dtype)
+
+    def settle(self) -> None:
+        """Cut one block of each kind by way of trial, and prove it."""
+        kept = [list(range(self.left)) if has else None for has in self.has]
+        for index in blocks_of_each_kind(self.host):
+            try_out(self.host, self.small, Geometry(1, 1), self._without(kept), index)
+
+    def cut(self, kept: Sequence[Sequence[int] | None], folder: Path, progress: Progress) -> Checkpoint:
+        """Cut and prove every block.
+
+        Args:
+            kept: for each block the experts that stay; None for one without.
+            folder: where cut tensors go.
+            progress: hears of blocks.
+
+        Returns:
+            The smaller checkpoint.
+        """
+        cut = self._without(kept)
+        return cut_all(self.host, self.small, Geometry(1, 1), cut, lambda index: {}, folder / "experts", progress)
+
+    def _without(self, kept: Sequence[Sequence[int] | None]) -> Cut:
+        def cut(index: int, block: nn.Module) -> tuple[Kept, AbstractContextManager[None]]:
+            silent = silenced_experts(self.host, block, index, self.small, kept[index] or [])
+            return Kept(experts=kept[index]), silent
+
+        return cut

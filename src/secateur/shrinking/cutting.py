@@ -1,0 +1,108 @@
+"""The cut of a whole model: tried on a block of each kind before the work, made and proved on every block after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..models.checkpoint import Checkpoint
+from ..models.hosts import DiskHost
+from ..models.shards import Info, read_header, tensor_entry, write_safetensors
+from ..pipeline.files import into_place
+from ..progress import Progress
+from .cut import Kept, cut_block
+from .proof import prove, readers_of
+from .roles import Geometry
+from .views import with_tensors
+
+# Tells, for a resident block, what stays, and gives a context in which the rest is silent.
+Cut = Callable[[int, nn.Module], tuple[Kept, AbstractContextManager[None]]]
+
+
+def blocks_of_each_kind(host: DiskHost) -> list[int]:
+    """The first block of each kind: blocks of a kind have tensors of the same names and shapes."""
+    first: dict[object, int] = {}
+    for index, block in enumerate(host.skeleton.real):
+        first.setdefault(tuple((name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()), index)
+    return sorted(first.values())
+
+
+def try_out(host: DiskHost, small: DiskHost, geometry: Geometry, cut: Cut, index: int) -> None:
+    """Cut one block and prove it; nothing is kept.
+
+    Raises:
+        ModelError: the smaller block gives something else.
+    """
+    with host.block(index) as block:
+        kept, silent = cut(index, block)
+        with silent:
+            prove_cut(host, block, index, small, kept, geometry, {})
+
+
+def prove_cut(
+    host: DiskHost,
+    block: nn.Module,
+    index: int,
+    small: DiskHost,
+    kept: Kept,
+    geometry: Geometry,
+    written: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Cut a resident block in which the removed parts are silent, and prove that the smaller block gives the same.
+
+    Returns:
+        All new tensors of the smaller block by their names on disk.
+    """
+    resized = cut_block(host, block, small, index, kept, geometry)
+    new = host.on_disk({n: t.to(host.dtype_on_disk(n)) for n, t in resized.items()}, resized=True)
+    tensors = {**written, **new}
+    gone = {name for parameter in resized for name in host.names_of[parameter]} - new.keys()
+    small.names[index] = [name for name in host.names[index] if name not in gone]
+    prove(host, block, index, small, index, tensors, readers_of(host, index, list(kept.groups)))
+    return tensors
+
+
+def cut_all(
+    host: DiskHost,
+    small: DiskHost,
+    geometry: Geometry,
+    cut: Cut,
+    written: Callable[[int], Mapping[str, Tensor]],
+    folder: Path,
+    progress: Progress,
+) -> Checkpoint:
+    """Cut every block and keep its new tensors in a folder.
+
+    Args:
+        host: the whole model.
+        small: the smaller one.
+        geometry: of the whole one's heads.
+        cut: tells what stays.
+        written: a block's tensors that are new already, by names on disk.
+        folder: where the cut ones go.
+        progress: hears of blocks.
+
+    Returns:
+        The smaller checkpoint.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    infos: dict[str, Info] = {}
+    count = len(host.skeleton.real)
+    progress.start("cutting", count)
+    for index in range(count):
+        new = written(index)
+        with host.block(index, new) as block:
+            kept, silent = cut(index, block)
+            with silent:
+                tensors = prove_cut(host, block, index, small, kept, geometry, new)
+        path = folder / f"{index:04d}.safetensors"
+        write_safetensors(path.with_suffix(".part"), [tensor_entry(name, t) for name, t in tensors.items()])
+        into_place(path.with_suffix(".part"), path)
+        infos |= read_header(path)[0]
+        progress.advance()
+    progress.finish()
+    before, after = ({name for i in range(count) for name in one.names.get(i, [])} for one in (host, small))
+    return with_tensors(small.checkpoint, infos, before - after)
