@@ -35,8 +35,11 @@ class Config:
         self.text.pop("quantization_config", None)  # what was packed is written dense
 
     def get(self, name: str) -> Any:
-        """A value as transformers understands it: computed where the file has none."""
-        return getattr(self.parsed, name, None)
+        """A value as transformers understands it, computed where the file has none; None if layers differ in it."""
+        try:
+            return getattr(self.parsed, name, None)
+        except Exception:  # transformers' own, which is no AttributeError
+            return None
 
     @property
     def kind(self) -> str:
@@ -71,7 +74,7 @@ class Config:
             ModelError: the config has no width.
         """
         found = {name: self.get(name) for name in WIDTHS if isinstance(self.get(name), int)}
-        absent = [name for name in WIDTHS if hasattr(self.parsed, name) and self.get(name) is None]
+        absent = [name for name in WIDTHS if name in vars(self.parsed) and self.get(name) is None]
         if not set(found.values()) & set(widths) and absent and len(set(widths)) == 1:
             found = {absent[0]: next(iter(widths))}  # GPT-2's n_inner, four times the hidden size if it is not said
         found = {name: width for name, width in found.items() if width in widths}

@@ -21,7 +21,7 @@ from .cut import Kept
 from .cutting import Cut, blocks_of_each_kind, cut_all, try_out
 from .proof import silenced_experts
 from .roles import Geometry
-from .views import with_config
+from .views import smaller_model, with_config
 
 
 def expert_modules(block: nn.Module) -> list[Any]:
@@ -92,7 +92,7 @@ class Thinning:
         if not any(self.has):
             raise ModelError(f"{config.kind}: transformers does not run its experts through its interface of experts")
         view = with_config(host.checkpoint, config.changed(**self.values), folder)
-        self.small = DiskHost(view, host.device, host.dtype)
+        self.small = smaller_model(view, host)
 
     def settle(self) -> None:
         """Cut one block of each kind by way of trial, and prove it."""

@@ -16,6 +16,7 @@ import torch
 from ..models.checkpoint import Checkpoint
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
+from ..models.replay import check_replay
 from ..models.shards import digest
 from ..models.source import load_tokenizer, open_checkpoint
 from ..pipeline.calibration import Tokens
@@ -31,10 +32,10 @@ from ..progress import Progress
 from . import depth
 from .config import Config, changes, rounded
 from .experts import Thinning, saliences, strongest
-from .proof import prove
+from .proof import probe, prove
 from .request import ShrinkRequest
 from .split import Share, best_share, shares, values_of, widths_of
-from .views import without_blocks
+from .views import smaller_model, without_blocks
 from .width import Narrowing
 
 log = logging.getLogger("secateur")
@@ -108,10 +109,11 @@ class Shrinking:
         if self.layers is None:
             return self.host
         removed = self.layers if isinstance(self.layers, list) else self._chosen_blocks(run, self.layers)
-        view = without_blocks(
-            self.host, removed, self.config.changed(**self.config.fewer_layers(removed)), run.path / "source-layers"
-        )
-        small = DiskHost(view, self.host.device, self.host.dtype)
+        return self._without_blocks(removed, run.path / "source-layers")
+
+    def _without_blocks(self, removed: Sequence[int], folder: Path) -> DiskHost:
+        view = without_blocks(self.host, removed, self.config.changed(**self.config.fewer_layers(removed)), folder)
+        small = smaller_model(view, self.host)
         kept = [index for index in range(self.config.layers) if index not in removed]
         self.progress.start("proving the cut", len(kept))
         for place, index in enumerate(kept):
@@ -175,9 +177,11 @@ class Shrinking:
         """
         values: dict[str, Any] = {}
         request, candidates = self.request, list[str]()
+        check_replay(self.host.skeleton, self.host.block, probe(self.host))
         if self.layers is not None:
-            count = self.layers if isinstance(self.layers, int) else len(self.layers)
-            values["num_hidden_layers"] = self.config.layers - count
+            any_blocks = self.layers if isinstance(self.layers, list) else list(range(self.layers))
+            small = self._without_blocks(any_blocks, scratch / "source-layers")
+            values["num_hidden_layers"] = len(small.skeleton.real)
         if request.experts is not None:
             thinning = Thinning(self.host, request.experts, scratch / "source-experts")
             thinning.settle()

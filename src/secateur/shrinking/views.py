@@ -14,6 +14,7 @@ from ..errors import ModelError
 from ..models.checkpoint import Checkpoint
 from ..models.hosts import DiskHost
 from ..models.shards import Info
+from ..models.source import first_line
 from ..pipeline.files import write_text
 from ..pipeline.output import copy_small_files
 
@@ -25,6 +26,20 @@ def with_config(source: Checkpoint, config: Mapping[str, Any], folder: Path) -> 
     copy_small_files(source, folder)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return replace(source, directory=folder)
+
+
+def smaller_model(view: Checkpoint, host: DiskHost) -> DiskHost:
+    """Open a view of a host's checkpoint as a model, without the weights of its blocks.
+
+    Raises:
+        ModelError: transformers makes no model of its config.
+    """
+    try:
+        return DiskHost(view, host.device, host.dtype)
+    except Exception as error:  # whatever a family's config and model refuse
+        kind, why = host.model.config.get_text_config().model_type, first_line(error)
+        why = why.removeprefix(f"{view.directory}: ")
+        raise ModelError(f"{kind}: transformers makes no model of the smaller config ({why})") from error
 
 
 def with_tensors(source: Checkpoint, new: Mapping[str, Info], gone: Collection[str]) -> Checkpoint:

@@ -24,7 +24,7 @@ from .cut import Kept, kept_groups, new_groups
 from .cutting import blocks_of_each_kind, cut_all, try_out
 from .proof import silenced_groups
 from .roles import HEADS, LAYOUTS, NEURONS, Coupling, Geometry, find_couplings, of_kind
-from .views import with_config
+from .views import smaller_model, with_config
 
 
 class Narrowing:
@@ -53,7 +53,7 @@ class Narrowing:
         view = with_config(host.checkpoint, self.config, folder)
         heads = "head_dim" in values
         try:
-            self.small = DiskHost(view, host.device, host.dtype)
+            self.small = smaller_model(view, host)
         except ModelError as error:
             raise (ModelError(no_heads(config)) if heads else error) from error
         self.geometry = self.smaller = Geometry(1, 1)
