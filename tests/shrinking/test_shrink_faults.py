@@ -1,6 +1,10 @@
 """What shrink refuses, in one line, and how a stopped run goes on."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +79,16 @@ def test_groups_of_experts_that_no_longer_divide_are_found_out(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(("kind", "last"), [("zamba", 3), ("gemma4_text", 3), ("glm_moe_dsa", 2)])
+@pytest.mark.parametrize("what", ["neurons", "layers"])
+def test_blocks_that_share_state_or_weights_are_refused(kind, last, what, tmp_path):
+    options = {"neurons": 0.5} if what == "neurons" else {"layers": [last]}
+    family_model(kind).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="pruned one at a time"):
+        secateur.shrink(tmp_path / "model", tmp_path / "out", **options, **COMMON)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_occupied_outputs_are_refused(models, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -118,8 +132,9 @@ RUNS = {
 STOPS = [
     ("width", "proving the cut", 1), ("width", "pruning", 2), ("width", "pruning", 3), ("width", "cutting", 2),
     ("width", "writing", 5), ("block", "pruning", 4), ("target", "trying out", 2), ("target", "pruning", 2),
-    ("layers", "trying out", 2), ("layers", "trying out", 5), ("layers", "proving the cut", 1), ("layers", "pruning", 1),
-    ("experts", "observing experts", 2), ("experts", "cutting", 2), ("experts", "pruning", 2), ("experts", "cutting", 5),
+    ("layers", "trying out", 2), ("layers", "trying out", 5), ("layers", "proving the cut", 1),
+    ("layers", "pruning", 1), ("experts", "observing experts", 2), ("experts", "cutting", 2),
+    ("experts", "pruning", 2), ("experts", "cutting", 5),
 ]  # fmt: skip
 
 
@@ -155,6 +170,35 @@ def test_after_another_boot_hidden_states_are_made_again(name, models, whole, tm
     monkeypatch.setattr("secateur.pipeline.run_directory.boot_id", lambda: "another")
     secateur.shrink(models / kind, tmp_path / "out", **COMMON, **options)
     assert result(tmp_path / "out") == whole[name]
+
+
+KILLED = """
+import os, sys
+import torch
+import secateur
+from secateur.progress import Silent
+from tiny import rows
+torch.set_num_threads(1)
+class Dies(Silent):
+    left = int(sys.argv[3])
+    def advance(self, done=1, note=None):
+        Dies.left -= 1
+        if not Dies.left:
+            os.kill(os.getpid(), 9)
+options = {"round": 8, "calibration": rows(6, 24), "progress": Dies()}
+secateur.shrink(sys.argv[1], sys.argv[2], layers=2, neurons=0.5, **options)
+"""
+
+
+@pytest.mark.parametrize("steps", [3, 9, 15, 22])
+def test_a_process_that_is_killed_leaves_a_whole_output_or_none(steps, models, whole, tmp_path):
+    words = [sys.executable, "-c", KILLED, str(models / "llama"), str(tmp_path / "out"), str(steps)]
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": tests}, timeout=300)
+    assert done.returncode == -9, done.stderr
+    assert not (tmp_path / "out").exists()
+    secateur.shrink(models / "llama", tmp_path / "out", layers=2, neurons=0.5, **COMMON)
+    assert result(tmp_path / "out") == whole["layers"]
 
 
 def test_what_was_chosen_is_not_chosen_again(models, tmp_path):
@@ -214,5 +258,5 @@ def test_rows_of_a_criterion_without_inputs_need_no_text(models, tmp_path):
     ):
         report = secateur.shrink(models / "llama", tmp_path / str(number), **options, **what)
         assert report["plan"]["calibration"] is None
-    with pytest.raises(SecateurError, match="/nowhere/text.txt"):
+    with pytest.raises(SecateurError, match=r"/nowhere/text\.txt"):
         secateur.shrink(models / "llama", tmp_path / "out", neurons=0.5, **options)

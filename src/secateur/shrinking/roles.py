@@ -31,6 +31,7 @@ MLP_LEAVES = (
     ("dense_4h_to_h", ("dense_h_to_4h",)),
     ("fc_out", ("fc_in",)),
     ("output_linear", ("input_linear",)),
+    ("Wo", ("Wi",)),
 )
 # Reader of an attention's heads, and the matrices of queries, keys and values.
 ATTENTION_LEAVES = (

@@ -113,8 +113,8 @@ class Shrinking:
 
     def _without_blocks(self, removed: Sequence[int], folder: Path) -> DiskHost:
         view = without_blocks(self.host, removed, self.config.changed(**self.config.fewer_layers(removed)), folder)
-        small = smaller_model(view, self.host)
         kept = [index for index in range(self.config.layers) if index not in removed]
+        small = smaller_model(view, self.host, kept)
         self.progress.start("proving the cut", len(kept))
         for place, index in enumerate(kept):
             with self.host.block(index) as block:

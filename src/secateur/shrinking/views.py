@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,23 @@ def with_config(source: Checkpoint, config: Mapping[str, Any], folder: Path) -> 
     return replace(source, directory=folder)
 
 
-def smaller_model(view: Checkpoint, host: DiskHost) -> DiskHost:
+def smaller_model(view: Checkpoint, host: DiskHost, kept: Sequence[int] | None = None) -> DiskHost:
     """Open a view of a host's checkpoint as a model, without the weights of its blocks.
+
+    Args:
+        view: the smaller checkpoint.
+        host: the whole model, whose blocks were run.
+        kept: which of its blocks the smaller one has; None for all.
 
     Raises:
         ModelError: transformers makes no model of its config.
     """
     try:
-        return DiskHost(view, host.device, host.dtype)
+        small = DiskHost(view, host.device, host.dtype)
+        for place, index in enumerate(range(len(host.skeleton.real)) if kept is None else kept):
+            if index in host.skeleton.companions:
+                small.skeleton.companions[place] = host.skeleton.companions[index]
+        return small
     except Exception as error:  # whatever a family's config and model refuse
         kind, why = host.model.config.get_text_config().model_type, first_line(error)
         why = why.removeprefix(f"{view.directory}: ")
