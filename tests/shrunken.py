@@ -71,7 +71,7 @@ def left_columns(whole: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
     return found
 
 
-READERS = ("down_proj", "fc2", "dense_4h_to_h", "o_proj", "mlp.c_proj", "out_proj")
+READERS = ("down_proj", "fc2", "dense_4h_to_h", "o_proj", "mlp.c_proj", "out_proj", "fc_out")
 
 
 def silence_columns(model: Any, cut: Any) -> int:

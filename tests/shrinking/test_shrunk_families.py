@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import secateur
+from families import FAMILIES
 from secateur.errors import SecateurError
 from secateur.models.anatomy import find_blocks
 from secateur.progress import Silent
@@ -15,8 +16,11 @@ from shrunken import left_columns, logits, opened_elsewhere, silence_columns, wi
 from test_families import family_model
 from tiny import rows, tensors_of
 
-WIDE = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gemma2", "phi3", "olmo2", "granite", "smollm3", "gpt_oss")
-HEADLESS = ("gpt2", "opt", "gpt_neox")
+WIDE = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gemma2", "phi3", "olmo2", "granite", "smollm3", "gpt_oss",
+    "qwen3_5_text",
+)  # fmt: skip
+HEADLESS = ("gpt2", "opt", "gpt_neox", "gptj", "falcon")
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe", "deepseek_v3")
 CUTS = {
     **{(kind, "neurons"): {"neurons": 0.4} for kind in {*WIDE, *HEADLESS, *MIXTURES}},
@@ -113,3 +117,17 @@ def test_found_columns_are_those_that_are_left():
     assert left_columns(W, W[:, [0, 3, 4]]).tolist() == [True, False, False, True, True, False]
     with pytest.raises(AssertionError):
         left_columns(W, W[:, [3, 0]])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_is_cut_or_refused_in_one_line(kind, tmp_path):
+    """A dry run proves each cut on one block of each kind."""
+    family_model(kind).save_pretrained(tmp_path / "model")
+    for options in ({"neurons": 0.4}, {"heads": 0.5}, {"layers": 1}, {"experts": 0.25}):
+        refusal, plan = "", {}
+        try:
+            plan = secateur.shrink(tmp_path / "model", tmp_path / "out", dry_run=True, **options, **PLAIN)
+        except SecateurError as error:
+            refusal = str(error)
+        assert bool(refusal) != bool(plan.get("config"))
+        assert "\n" not in refusal and "/source-" not in refusal

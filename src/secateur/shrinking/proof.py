@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, SecateurError
+from ..errors import ModelError
 from ..models.anatomy import hidden_of
+from ..models.experts import expert_keys
 from ..models.hosts import DiskHost, Host, block_matrices
 from ..models.replay import same_output
 from ..models.source import first_line
@@ -56,10 +57,9 @@ def prove(
         own = small.skeleton.record(ids)[1][place]
         with small.block(place, written) as cut:
             found = _outputs(cut, watched, lambda: own.run(cut, hidden))
-    except SecateurError:
-        raise
     except Exception as error:  # whatever a model's code raises when its parts do not fit
-        raise ModelError(f"{name}: cannot be cut so; the smaller block does not run ({first_line(error)})") from None
+        why = first_line(error).removeprefix(f"{small.checkpoint.directory}: ")
+        raise ModelError(f"{name}: cannot be cut so; the smaller block does not run ({why})") from error
     for what, tensor in expected.items():
         if found[what].shape != tensor.shape or not same_output(tensor, found[what]):
             where = f"{name}.{what}".rstrip(".")
@@ -125,7 +125,11 @@ def silenced_experts(host: Host, block: nn.Module, index: int, small: Host, kept
     theirs = small.skeleton.real[index].state_dict()
     changed = {n: t for n, t in block.state_dict().items() if t.ndim <= 2 and t.shape != theirs[n].shape}
     weights = [name for name, tensor in changed.items() if tensor.ndim == 2]
-    count = next((len(tensor) for tensor in changed.values()), 0)
+    mixtures: list[Any] = [module for module in block.modules() if expert_keys(module)]
+    count = max((module.num_experts for module in mixtures), default=0)
+    for name, tensor in changed.items():
+        if len(tensor) != count:
+            raise ModelError(f"{host.skeleton.path}.{index}.{name}: is not one row for each of {count} experts")
     gone = torch.tensor(sorted(set(range(count)) - set(kept)), dtype=torch.long)
     owners = {name: block.get_submodule(name.rpartition(".")[0]) for name in weights}
     inputs: dict[str, Tensor] = {}

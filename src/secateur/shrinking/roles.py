@@ -108,11 +108,10 @@ class Coupling:
                 both = torch.cat([kept_N, kept_N]) if geometry.layout == "halves" else kept_N.repeat_interleave(2)
                 return both.nonzero()[:, 0]
         else:
-            query = kept_N.repeat_interleave(self.columns // geometry.groups)
-            value = kept_N.repeat_interleave(self.columns // geometry.heads)
-            parts = {"q_proj": [query], "k_proj": [value], "v_proj": [value]}.get(leaf, [query, value, value])
-            if sum(map(len, parts)) == rows:
-                return torch.cat(parts).nonzero()[:, 0]
+            query, value = self.columns, self.columns // geometry.heads * geometry.groups
+            parts = [rows] if leaf in ("q_proj", "k_proj", "v_proj") else [query, value, value]
+            if sum(parts) == rows and all(part % geometry.groups == 0 for part in parts):
+                return torch.cat([kept_N.repeat_interleave(part // geometry.groups) for part in parts]).nonzero()[:, 0]
         raise ModelError(f"{self.where}.{leaf}: has {rows} rows, which are not those of {len(kept_N)} {self.kind}")
 
 
