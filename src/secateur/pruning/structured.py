@@ -25,7 +25,7 @@ from .sparsegpt import damped, inverse_factor
 from .statistics import GRAM, SUM, SUMSQ, Statistics
 
 DAMPING = 0.01
-ROUNDS = 32  # in which `obs` removes columns; more change nothing that can be measured
+ROUNDS = 16  # in which `obs` removes columns; with 384 the error is the same to three digits (SmolLM2)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def obs(
 
     Removing columns S costs tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ) with H = G + damping * mean(diag G) * I; the others then change by
     - W_S (H⁻¹_SS)⁻¹ H⁻¹_S,: and H⁻¹ loses its part in S. Hassibi & Stork 1992 for one weight; for groups Frantar et al.
-    2023 (ZipLM, eq. 2 to 4), https://arxiv.org/abs/2302.04089, who remove one group at a time where this removes 1/32
+    2023 (ZipLM, eq. 2 to 4), https://arxiv.org/abs/2302.04089, who remove one group at a time where this removes 1/16
     of them.
 
     Args:
