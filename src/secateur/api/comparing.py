@@ -65,14 +65,16 @@ def compare(
 
     Args:
         models: directories, hub ids, ``.gguf`` files, ``smollm2``.
-        methods: with options (``sparsegpt:damping=0.02``).
-        sparsities: fractions removed; N:M patterns have their own.
-        patterns: ``own`` is each method's own; else as in `prune`.
+        methods: with options (``sparsegpt:damping=0.02``); ``shrink`` removes whole parts, as `shrink` does, and takes
+            its options ``of`` (``heads+neurons``), ``criterion``, ``depth``, ``compensate`` (``yes``, ``no``),
+            ``round`` and ``propagate``: ``shrink:of=layers:depth=influence``.
+        sparsities: fractions removed; N:M patterns have their own; the `target` of ``shrink``.
+        patterns: ``own`` is each method's own; else as in `prune`; not for ``shrink``.
         calibration: one SOURCE or several.
         samples: calibration sequences, one number or several; None is 128, or as many as there are.
         seeds: of the random crops.
         seqlen: tokens of a window, and of a calibration sequence; None is min(2048, context).
-        propagate: as in `prune`.
+        propagate: as in `prune`, of pruning alone.
         format: of the pruned matrices; decides bytes, memory and speed.
         values: as in `prune`.
         dtype: as in `prune`.

@@ -71,7 +71,8 @@ def compare(
         typer.Argument(metavar="MODEL...", help="Directories, hub ids, .gguf files, or smollm2.", show_default=False),
     ],
     methods: Annotated[
-        str, typer.Option(metavar="NAME,NAME", help="Methods to compare.")
+        str,
+        typer.Option(metavar="NAME,NAME", help="Methods, with :OPTION=VALUE if need be; shrink removes whole parts."),
     ] = "magnitude,wanda,sparsegpt",
     sparsities: Annotated[str, typer.Option(metavar="S,S", help="Fractions removed; N:M has its own.")] = "0.5",
     patterns: Annotated[str, typer.Option(metavar="P,P", help="own (each method's own), row, 2:4, …")] = "own",

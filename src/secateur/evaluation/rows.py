@@ -24,8 +24,8 @@ def make_row(
 
     Args:
         name: of the model.
-        cell: how it was pruned; None is dense.
-        format: of pruned matrices.
+        cell: how it was pruned or shrunken; None is dense.
+        format: of pruned matrices; a shrunken model has none.
         dense_bytes: of the dense model's tensors; None if it could not be opened.
         results: the measurements that were made, by their names.
         dense: the row of the dense model; None for that row itself.
@@ -40,7 +40,7 @@ def make_row(
         "pattern": cell.pattern if cell else None,
         "target": cell.sparsity if cell else None,
         "seed": cell.seed if cell else None,
-        "format": format if cell else DENSE,
+        "format": format if cell and not cell.shrinks else DENSE,
         "sparsity": pruned["sparsity"] if pruned else None if cell else 0.0,
         "calibration": pruned["calibration"] if pruned else None,
         "evaluation": results.get("evaluation"),

@@ -1,4 +1,4 @@
-"""One model under comparison: pruned as a cell says, measured, and forgotten; what was measured is in a journal."""
+"""One model under comparison: made as a cell says, measured, and forgotten; what was measured is in a journal."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ..pipeline.plan import Request, written_dtype
 from ..pipeline.prune import prune_checkpoint
 from ..pipeline.self_text import tokens_for
 from ..progress import Progress
+from ..shrinking.shrink import shrink_checkpoint
 from .fidelity import Reading
 from .generation import prepare_generations, sample_generations
 from .grid import Cell
@@ -34,7 +35,7 @@ from .questions import Questions
 from .speed import Measurement, measure_speed
 from .tasks import TaskOptions, measure_tasks
 
-PRUNED = "pruned"  # the measurement that pruning itself is
+PRUNED = "pruned"  # the measurement that pruning or shrinking itself is
 OF_PRUNING = (
     "seqlen", "propagate", "format", "values", "dtype", "include", "exclude", "device", "trust_remote_code",
 )  # fmt: skip
@@ -48,7 +49,8 @@ class Conditions:
         text: a SOURCE, for perplexity.
         windows: of it; None is 40, or as many as there are.
         seqlen: of windows and of calibration; None is min(2048, context).
-        propagate, format, values, dtype, include, exclude: of pruning.
+        propagate, format, values, include, exclude: of pruning; shrinking has no use for them.
+        dtype: of the written tensors.
         tasks: to be answered, or None.
         bench: what is timed, or None.
         generations: how many texts each model goes on with.
@@ -134,10 +136,15 @@ class Subject:
             self._dense.close()
 
     def _key(self, cell: Cell | None) -> dict[str, Any]:
-        """All that decides a pruned model."""
+        """All that decides a pruned or shrunken model."""
         if cell is None:
             return {"model": self.digest}
         c, tokens = self.conditions, self._calibration(cell)
+        if cell.shrinks:
+            request = cell.shrink_request(c.pruning)
+            seed = request.seed if request.by_chance else None
+            decisive = {k: v for k, v in {**request.record, "seed": seed}.items() if v is not None}
+            return {"model": self.digest, "shrink": decisive, "calibration": tokens.digest if tokens else None}
         parts = {name: list(getattr(c, name)) for name in ("include", "exclude") if getattr(c, name)}
         return {
             "model": self.digest, "method": cell.method, "pattern": cell.pattern, "sparsity": cell.sparsity,
@@ -175,22 +182,30 @@ class Subject:
         if cell is None:
             yield self.directory
             return
-        request = Request(
-            method=cell.method, pattern=cell.pattern, sparsity=cell.sparsity, calibration=self._calibration(cell),
-            seed=cell.seed or 0, **self.conditions.pruning,
-        )  # fmt: skip
         target = self.work / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         reset_peak_memory()
-        prune = partial(prune_checkpoint, str(self.directory), target, request, self.progress, tokenizer=self.tokenizer)
+        make = self._making(cell, target)
         try:
-            report = prune()
+            report = make()
         except ResumeError:  # what was left there was made with other threads, or is damaged
             shutil.rmtree(target, ignore_errors=True)
-            report = prune(resume=False)
+            report = make(resume=False)
         if self._find(key, PRUNED, {}) is None:
             self._note(key, PRUNED, {}, _summary(report))
         yield target
         shutil.rmtree(target)
+
+    def _making(self, cell: Cell, target: Path) -> Callable[..., dict[str, Any]]:
+        """What makes the model of a cell, and returns its report."""
+        source, common, tokens = str(self.directory), self.conditions.pruning, self._calibration(cell)
+        if cell.shrinks:
+            cut = cell.shrink_request(common, tokens)
+            return partial(shrink_checkpoint, source, target, cut, self.progress, tokenizer=self.tokenizer)
+        request = Request(
+            method=cell.method, pattern=cell.pattern, sparsity=cell.sparsity, calibration=tokens, seed=cell.seed or 0,
+            **common,
+        )  # fmt: skip
+        return partial(prune_checkpoint, source, target, request, self.progress, tokenizer=self.tokenizer)
 
     def _measured(self, cell: Cell | None, what: str, directory: Path) -> Any:
         c, trusted = self.conditions, self.conditions.trust_remote_code
@@ -244,14 +259,21 @@ class Subject:
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
     """What a comparison keeps of a run's report."""
-    return {
-        "sparsity": report["sparsity"],
-        "seconds": report["seconds"]["pruning"],
+    kept = {
         "peak_memory_bytes": report["peak_memory_bytes"],
         "bytes": report["bytes"],
-        "packed": report["packed"],
-        "left_out": len(report["left_out"]),
         "calibration": report["plan"]["calibration"],
         "threads": torch.get_num_threads(),
         "software": report["plan"]["software"],
     }
+    if "parameters" in report:  # parts were removed
+        left, all_ = report["parameters"]["blocks_after"], report["parameters"]["blocks_before"]
+        own = {"sparsity": 1 - left / all_, "seconds": report["seconds"]["shrinking"], "packed": None, "left_out": 0}
+    else:
+        own = {
+            "sparsity": report["sparsity"],
+            "seconds": report["seconds"]["pruning"],
+            "packed": report["packed"],
+            "left_out": len(report["left_out"]),
+        }
+    return kept | own

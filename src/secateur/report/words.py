@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+SHRUNKEN = "Sparsity of shrunken models, of pattern structured: the share of their blocks' parameters that is gone."
+
+
+def is_shrunken(row: Mapping[str, Any]) -> bool:
+    """Whether parts of a comparison's model were removed, and no weights zeroed."""
+    return row.get("pattern") == "structured"
+
 
 def size(count: float | None) -> str:
     """Bytes for people: ``269.1 MB``."""

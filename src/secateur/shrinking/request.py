@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError, nearest
@@ -13,6 +13,9 @@ from ..pruning.structured import structured
 from . import depth
 
 OF = ("heads", "neurons", "layers")
+SHRINK = "shrink"  # in the place of a method's name
+OPTIONS = ("of", "criterion", "depth", "compensate", "round", "propagate")  # which may follow it
+ANSWERS = {"yes": True, "no": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,22 +103,74 @@ class ShrinkRequest:
         return sorted(set(numbers))
 
     @property
+    def _finds_layers(self) -> bool:
+        return isinstance(self.wanted_layers(), int) or (self.target is not None and self.parts == ["layers"])
+
+    @property
+    def _splits(self) -> bool:
+        return self.target is not None and self.parts != ["layers"]
+
+    @property
+    def _narrows(self) -> bool:
+        return self.neurons is not None or self.heads is not None or self._splits
+
+    @property
     def needs_tokens(self) -> bool:
         """Whether anything is to be observed."""
-        layers = self.wanted_layers()
-        by_layers = isinstance(layers, int) or (self.target is not None and self.parts == ["layers"])
-        width = self.neurons is not None or self.heads is not None
-        split = self.target is not None and self.parts != ["layers"]
         return (
             self.experts is not None
-            or (by_layers and self.depth != "random")
-            or (width and bool(self.method.needs))
-            or (split and (bool(self.method.needs) or len(self.parts) > 1))
+            or (self._finds_layers and self.depth != "random")
+            or (self._narrows and bool(self.method.needs))
+            or (self._splits and len(self.parts) > 1)
         )
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether the seed decides what goes, and not only which text is read."""
+        return (self._finds_layers and self.depth == "random") or (self._narrows and self.criterion == "random")
 
     @property
     def record(self) -> dict[str, Any]:
         """The options that decide the result, for the plan."""
         left_out = ("calibration", "samples", "seqlen", "device", "threads", "evaluate", "trust_remote_code")
-        found = {name: value for name, value in asdict(self).items() if name not in left_out}
+        found = {name: value for name, value in vars(self).items() if name not in left_out}
         return found | {"layers": self.wanted_layers(), "of": self.parts}
+
+
+def parse_shrink(text: str) -> dict[str, Any]:
+    """Read ``shrink[:OPTION=VALUE]...``, which stands in the place of a pruning method, as options of a request.
+
+    Parts of ``of`` are joined by ``+``, since commas separate methods.
+
+    >>> parse_shrink("shrink:compensate=no:of=neurons+heads")
+    {'compensate': False, 'of': ['heads', 'neurons']}
+
+    Raises:
+        OptionError: an option is unknown, or a value does not fit; `ShrinkRequest.check` looks at the rest.
+    """
+    name, *pairs = text.split(":")
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if key not in OPTIONS or not equals:
+            hint = nearest(key, OPTIONS)
+            raise OptionError(f"method {name!r}: cannot read option {pair!r} (OPTION=VALUE); {hint}")
+        options[key] = _value(key, value)
+    return options
+
+
+def _value(key: str, value: str) -> Any:
+    if key == "of":
+        if "," in value:
+            raise OptionError(f"method {SHRINK!r}: of takes parts joined by +, such as heads+neurons, not {value!r}")
+        return sorted(set(value.split("+")))
+    if key == "compensate":
+        if value not in ANSWERS:
+            raise OptionError(f"method {SHRINK!r}: compensate takes yes or no, not {value!r}")
+        return ANSWERS[value]
+    if key == "round":
+        try:
+            return int(value)
+        except ValueError:
+            raise OptionError(f"method {SHRINK!r}: round takes int, not {value!r}") from None
+    return value

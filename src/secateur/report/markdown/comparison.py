@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..words import duration, size
+from ..words import SHRUNKEN, duration, is_shrunken, size
 from .text import (
     FIDELITY,
     Column,
@@ -47,6 +47,12 @@ def _sparsity(row: Row) -> str | None:
     return None if row.get("target") is None else f"({row['target']:.1%})"
 
 
+def _seed(row: Row) -> str | None:
+    found = get_at("calibration", "seed")(row)
+    found = row.get("seed") if found is None else found  # what is chosen at random reads no text
+    return None if found is None else str(found)
+
+
 def _perplexity(row: Row) -> str | None:
     evaluation = row.get("evaluation") or {}
     return rounded(evaluation["perplexity"]) if "perplexity" in evaluation else None
@@ -63,7 +69,7 @@ COLUMNS: list[Column] = [
     ("Pattern", "l", shown(markdown_code, "pattern")),
     ("Calibration", "l", shown(markdown_code, "calibration", "source")),
     ("Samples", "r", shown("{:,}".format, "calibration", "samples")),
-    ("Seed", "r", shown("{}".format, "calibration", "seed")),
+    ("Seed", "r", _seed),
     ("Sparsity", "r", _sparsity),
     ("Perplexity", "r", _perplexity),
     ("Change", "r", shown(lambda value: f"{'' if value < 0 else '+'}{rounded(value)}", "perplexity_increase")),
@@ -89,6 +95,7 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
     calibrations = dict.fromkeys(calibrated_on(row["calibration"]) for row in rows if row["calibration"])
     planned = document.get("planned") or 0
     notes = [f"Unfinished: {len(rows)} of {planned} rows; the command goes on with it."] if len(rows) < planned else []
+    notes += [SHRUNKEN] if any(map(is_shrunken, rows)) else []
     notes += [f"Perplexity: {text}; change and ratio against the dense model." for text in texts]
     if any(get_at("evaluation", "fidelity")(row) for row in rows):
         notes.append(FIDELITY)

@@ -16,6 +16,7 @@ from .pictures import HEAT, INK, MARKERS, SERIES, SURFACE, draw, legend_columns,
 from .wording import short
 
 NARROWEST = 0.02  # a heat map of fractions that differ by less would show noise: it then spans 0 to 1
+LABEL = 46  # letters of a legend's line, on a phone
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
 
 
@@ -173,7 +174,7 @@ def scatter(
         axes.set_xlabel(x.title)
         axes.set_title(y.title)
 
-    labels = [short(one.label, 30) for one in series] + ([level[0]] if level else [])
+    labels = [short(one.label, LABEL) for one in series] + ([level[0]] if level else [])
     rows = math.ceil(len(labels) / legend_columns(labels))
     return draw(id, title, says, 2.75 + 0.19 * rows, paint, legend=True)
 
@@ -189,7 +190,7 @@ def _points(axes: Axes, one: Series, points: Sequence[tuple[float, float, float,
         )
     axes.plot(
         [p[0] for p in points], [p[1] for p in points],
-        label=short(one.label, 30), color=colour, marker=marker, linestyle=style,
+        label=short(one.label, LABEL), color=colour, marker=marker, linestyle=style,
         markeredgecolor=SURFACE, markeredgewidth=0.7, markersize=11 if marker == "*" else 8,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..words import number, windows
+from ..words import SHRUNKEN, is_shrunken, number, windows
 from .parts import Card, Cell, Page, Sample, Section, Table, bytes_, numeric, plain, seconds, share, words
 from .plots import pictures_of, scaling_pictures
 from .quality import perplexity, version
@@ -106,6 +106,8 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
     conditions_ = {group.conditions for group in groups if group.conditions}
     if len(conditions_) > 1:
         text.append("Perplexities of different texts or windows cannot be compared; each has pictures of its own.")
+    if any(is_shrunken(row) for group in groups for row in group.rows):
+        text.append(SHRUNKEN)
     missing = [row for group in groups for row in group.rows if measured(row) and perplexity_of(row) is None]
     if missing:
         text.append(

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..words import number
+from ..words import is_shrunken, number
 from .charts import Axis, Series, intervals, scatter
 from .parts import Cell, Picture, Table, plain, share
 from .quality import perplexity
-from .rows import Group, Row, decode_speed, is_dense, is_nm, perplexity_of, setting
+from .rows import Group, Row, decode_speed, is_dense, is_nm, legend, perplexity_of, setting
 from .wording import counted, digits, listing, percent, short
 
 Place = tuple[float, float, float, float]
@@ -26,7 +26,7 @@ class Look:
         """Take the methods and patterns in the order in which they come."""
         rows = [row for group in groups for row in group.rows if not is_dense(row)]
         self.methods = list(dict.fromkeys(row["method"] for row in rows))
-        self.settings = list(dict.fromkeys(setting(row) for row in rows))
+        self.settings = list(dict.fromkeys(_line(row) for row in rows))
         self.patterns = list(dict.fromkeys(row.get("pattern") for row in rows if not is_nm(row.get("pattern"))))
 
     def series(self, row: Row, joined: bool) -> Series:
@@ -35,8 +35,13 @@ class Look:
             return Series("dense", DENSE_COLOUR, DENSE_MARK)
         pattern = row.get("pattern")
         dash = self.patterns.index(pattern) if joined and not is_nm(pattern) else None
-        name = setting(row)
-        return Series(name, self.methods.index(row["method"]) % DENSE_COLOUR, self.settings.index(name), dash)
+        colour = self.methods.index(row["method"]) % DENSE_COLOUR
+        return Series(legend(row), colour, self.settings.index(_line(row)), dash)
+
+
+def _line(row: Row) -> tuple[str, str | None]:
+    """What rows of one line have in common; words for it may be shortened to the same."""
+    return row["method"], row.get("pattern")
 
 
 def pictures_of(groups: Sequence[Group]) -> list[Picture]:
@@ -53,10 +58,10 @@ def pictures_of(groups: Sequence[Group]) -> list[Picture]:
 
 def _collect(group: Group, look: Look, joined: bool, place: Callable[[Row], Place | None]) -> list[Series]:
     """The rows of a group as series of points."""
-    found: dict[str, Series] = {}
+    found: dict[tuple[str, str | None], Series] = {}
     for row in group.rows:
         if (point := place(row)) is not None:
-            found.setdefault(setting(row), look.series(row, joined)).points.append(point)
+            found.setdefault(_line(row), look.series(row, joined)).points.append(point)
     for one in found.values():
         one.points.sort()
     return list(found.values())
@@ -75,7 +80,9 @@ def _against_sparsity(group: Group, look: Look, suffix: str, of: str) -> Picture
     says += f" The dense model has {number(dense)}." if dense else ""
     title, id = f"{of}Perplexity against sparsity", f"by-sparsity{suffix}"
     level = (f"dense {number(dense)}", dense) if dense else None
-    svg = scatter(id, title, says, series, Axis("Sparsity, zeros / weights", percent=True), PERPLEXITY, level)
+    removed = ", or parameters removed" if any(map(is_shrunken, group.rows)) else ""
+    sparsity = Axis(f"Sparsity, zeros / weights{removed}", percent=True)
+    svg = scatter(id, title, says, series, sparsity, PERPLEXITY, level)
     shown = [*([group.dense] if group.dense and dense else []), *(row for row in group.rows if place(row))]
     table = _numbers(title, "Sparsity", shown, lambda row: share(row.get("sparsity")))
     return Picture(
@@ -174,10 +181,10 @@ def scaling_pictures(groups: Sequence[Group]) -> list[Picture]:
 
 
 def _scaling(look: Look, index: int, target: float, places: Sequence[tuple[Group, float, Row]]) -> Picture:
-    found: dict[str, Series] = {}
+    found: dict[tuple[str, str | None], Series] = {}
     for _, size, row in places:
         like = look.series(row, True)
-        one = found.setdefault(setting(row), Series(like.label, like.colour, like.mark, dash=0))
+        one = found.setdefault(_line(row), Series(like.label, like.colour, like.mark, dash=0))
         one.points.append((size / 1e6, row["loss_increase"], 0.0, 0.0))
     said = []
     for one in found.values():

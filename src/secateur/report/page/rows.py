@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..words import windows
+from ..words import is_shrunken, windows
 from .wording import percent, short
 
 Row = Mapping[str, Any]
@@ -77,10 +77,22 @@ def setting(row: Row, with_target: bool = False) -> str:
     """Method and pattern of a row, and how much was to be removed."""
     if is_dense(row):
         return "dense"
-    words = [short(row["method"], 40), *([short(row["pattern"], 20)] if row.get("pattern") else [])]
+    if is_shrunken(row):  # there is no other pattern, and many options
+        words = [short(row["method"], 70)]
+    else:
+        words = [short(row["method"], 40), *([short(row["pattern"], 20)] if row.get("pattern") else [])]
     if with_target and row.get("target") is not None:
         words.append(percent(row["target"], 0))
     return ", ".join(words)
+
+
+def legend(row: Row) -> str:
+    """A row's setting where there is little room: of options that their values tell, only those.
+
+    >>> legend({"method": "shrink:of=neurons:criterion=flap:compensate=no", "pattern": "structured"})
+    'shrink neurons flap compensate=no'
+    """
+    return re.sub(":(of=|criterion=|depth=)?", " ", setting(row)) if is_shrunken(row) else setting(row)
 
 
 def label(row: Row, groups: Sequence[Group]) -> str:

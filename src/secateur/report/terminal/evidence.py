@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..words import duration, number, size, windows
+from ..words import SHRUNKEN, duration, is_shrunken, number, size, windows
 
 
 def evaluation_table(model: str, found: Mapping[str, Any]) -> Group:
@@ -103,6 +103,8 @@ def comparison_table(document: Mapping[str, Any]) -> Group:
         parts.append(
             Text(f"Perplexity on {windows(evaluation)}; {document['processor']}, {document['threads']} threads")
         )
+    if any(map(is_shrunken, rows)):
+        parts.append(Text(SHRUNKEN))
     parts += [Text(f"{row['model']}, {row['method']} {row['pattern'] or ''}: {row['error']}", "red") for row in rows
               if row["error"]]  # fmt: skip
     return Group(*parts)
@@ -146,7 +148,9 @@ class Fitted:
 
 def _calibration(row: Mapping[str, Any]) -> str:
     found = row["calibration"]
-    return f"{found['source']}, {found['samples']} x {found['seqlen']}, seed {found['seed']}" if found else ""
+    if found:
+        return f"{found['source']}, {found['samples']} x {found['seqlen']}, seed {found['seed']}"
+    return f"seed {row['seed']}" if row.get("seed") is not None and row["sparsity"] is not None else ""
 
 
 def _digits(value: float | None, digits: int) -> str:
