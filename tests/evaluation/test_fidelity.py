@@ -139,3 +139,11 @@ def test_impossible_divergence_is_not_invented():
     Tokens.digest = "other"
     with pytest.raises(DataError, match="different tokens"):
         Fidelity(Dense, Tokens)
+
+
+def test_with_a_block_less_no_block_stands_for_another(pair, text, tmp_path):
+    from secateur.progress import Silent
+
+    secateur.shrink(pair[0], tmp_path / "small", layers=[2], progress=Silent())
+    found = secateur.evaluate(tmp_path / "small", text=text, seqlen=WINDOW, windows=2, against=pair[0])["fidelity"]
+    assert found["blocks"] == [None, None] and found["kl"] > 0

@@ -87,10 +87,10 @@ class Fidelity:
         self.increases: list[float] = []
         self.blocks: list[float | None] = []
 
-    def add_block(self, index: int, hidden_BTD: Tensor) -> None:
-        """Note how far the first micro-batch is from the dense model's after block `index`."""
+    def add_block(self, index: int, hidden_BTD: Tensor | None) -> None:
+        """Note how far the first micro-batch is from the dense model's after block `index`; None: not to be compared."""
         dense_BTD = self.dense.kept(index)
-        if dense_BTD is None or dense_BTD.shape != hidden_BTD.shape:
+        if hidden_BTD is None or dense_BTD is None or dense_BTD.shape != hidden_BTD.shape:
             self.blocks.append(None)
             return
         dense_BTD = dense_BTD.to(hidden_BTD.device).float()

@@ -46,8 +46,9 @@ def perplexity(
             stream.forward(index, block, progress)
         if keep:
             reading.keep(index)
-        if fidelity:
-            fidelity.add_block(index, stream.get(index + 1, 0))
+        if fidelity:  # with another number of blocks, none stands for another
+            alike = count == len(fidelity.dense.host.skeleton.real)
+            fidelity.add_block(index, stream.get(index + 1, 0) if alike else None)
     loss, predictions = 0.0, 0
     for number, ids_BT in enumerate(stream.batches):
         theirs = fidelity.dense.logits(number) if fidelity else repeat(None, len(ids_BT))
