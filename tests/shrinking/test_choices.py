@@ -119,6 +119,13 @@ def test_a_family_without_heads_to_remove_gives_neurons(tmp_path):
     assert set(report["config"]) == {"n_inner"}
 
 
+def test_heads_that_cannot_be_cut_soundly_are_not_chosen(tmp_path):
+    """OLMo 2 has a norm over all heads: its config has them, and the proof finds out."""
+    family_model("olmo2").save_pretrained(tmp_path / "model")
+    report = secateur.shrink(tmp_path / "model", tmp_path / "out", target=0.3, **COMMON)
+    assert set(report["config"]) == {"intermediate_size"}
+
+
 @pytest.mark.parametrize("compensate", [True, False])
 def test_compensation_takes_error_away(compensate, deep, tmp_path):
     report = secateur.shrink(deep, tmp_path / "out", neurons=0.5, compensate=compensate, criterion="wanda-sp", **COMMON)

@@ -88,7 +88,7 @@ class Fidelity:
         self.blocks: list[float | None] = []
 
     def add_block(self, index: int, hidden_BTD: Tensor | None) -> None:
-        """Note how far the first micro-batch is from the dense model's after block `index`; None: not to be compared."""
+        """Note how far the first micro-batch is from the dense model's after block `index`; None: not comparable."""
         dense_BTD = self.dense.kept(index)
         if hidden_BTD is None or dense_BTD is None or dense_BTD.shape != hidden_BTD.shape:
             self.blocks.append(None)

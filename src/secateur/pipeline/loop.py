@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,7 +99,7 @@ def prune_blocks(host: Host, job: Job, stream: Stream | None, run: Run, progress
             observer = Observer({n: m for n, m in chosen.items() if n not in unobserved}, job.method.needs)
             with closing(_ready(stream, index, block, observer, job, progress)) as groups:
                 records = [
-                    prune_matrix(run, chosen[name], job, observer)
+                    prune_matrix(run.as_written, chosen[name], job, observer)
                     for names in groups
                     for name in names
                     if stream is None or observer.seen(name)
@@ -148,15 +148,17 @@ def check_left_out(names: Iterable[str], weights: Mapping[str, int], why: str) -
         )
 
 
-def prune_matrix(run: Run, matrix: Matrix, job: Job, observer: Observer) -> dict[str, Any]:
-    """Prune one matrix of a resident block, as it will be written, and return its record."""
+def prune_matrix(
+    as_written: Callable[[Matrix, Tensor], Tensor], matrix: Matrix, job: Job, observer: Observer
+) -> dict[str, Any]:
+    """Prune one matrix of a resident block, as it will be written (`Run.as_written`), and return its record."""
     statistics = observer.statistics(matrix.name) if job.method.needs else Statistics()
     target = job.targets[matrix.name]
     W_OI = matrix.read()
     mean_I = statistics.mean_I.float() if job.fold_mean and matrix.bias is not None else None
     statistics = statistics if mean_I is None else statistics.centred()
     new_OI, mask_OI = _prune(matrix.name, W_OI, statistics, job.method, target)
-    written = run.as_written(matrix, new_OI)
+    written = as_written(matrix, new_OI)
     if not _finite(written):
         raise NumericsError(
             f"{matrix.name}: a new weight does not fit {written.dtype}; use --dtype float32 or bfloat16"

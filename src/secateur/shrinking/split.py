@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +33,6 @@ class Share:
     Attributes:
         heads: groups of heads that are left.
         neurons: fraction of the neurons that goes.
-        parameters: that go, before the neurons are rounded.
     """
 
     heads: int | None
@@ -109,6 +107,7 @@ def best_share(
     for share in candidates:
         try:
             narrowing = Narrowing(host, values_of(config, share, widths_of(host), multiple), folder / "config")
+            narrowing.settle(Silent())
         except (ModelError, OptionError) as error:
             log.info("%s: not possible (%s)", share, error)
             reason = error
@@ -138,7 +137,7 @@ def best_share(
             former = [(parameter, parameter.detach().clone()) for parameter in touched.values()]
             try:
                 for matrix in chosen.values():
-                    prune_matrix(_AsIs(), matrix, job, observer)
+                    prune_matrix(lambda matrix, W_OI: W_OI, matrix, job, observer)
                 yield True
             finally:
                 for parameter, weights in former:
@@ -159,13 +158,3 @@ def widths_of(host: DiskHost) -> list[int]:
     for index in range(len(host.skeleton.real)):
         found |= {c.columns for c in of_kind(couplings_of(host, index), NEURONS)}
     return sorted(found)
-
-
-class _AsIs:
-    """New weights as they are."""
-
-    def as_written(self, matrix: Matrix, W_OI: Tensor) -> Tensor:
-        return W_OI
-
-    def __getattr__(self, name: str) -> Any:
-        raise NotImplementedError(name)
