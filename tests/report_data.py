@@ -15,6 +15,14 @@ HOSTILE = (
     "{% raw %} &amp; \n\n line\x00 \ud800 日本語 שלום "
 )
 
+# What Markdown would read as more than a name; the comments mark the part of a card that is written anew.
+HOSTILE_NAMES = [
+    "a|b", "`x` | ``y``", "](http://evil.example)", "[x](http://evil.example)", "<script>alert(1)</script>",
+    "x\n<!-- /secateur:evaluation -->\n<b>", "<!-- secateur:evaluation -->", "a\n\n# heading\n\n---\n",
+    "```\n# out\n```", "$(rm -rf ~); 'x' \"y\"", "*a* _b_ ~~c~~", "me@evil.example", "http://evil.example",
+    "\x1b[31m\u202e",
+]  # fmt: skip
+
 
 def perplexity(loss: float, value: float | None, text: str = "wiki") -> Json:
     counts = {"seqlen": 8, "windows": 4, "tokens": 32, "available_tokens": 99}
@@ -78,6 +86,47 @@ def a_pruning() -> Json:
     }  # fmt: skip
 
 
+def a_shrinking() -> Json:
+    """The report of a shrinking of four blocks to three, whose heads, neurons and experts became fewer."""
+    plan = {
+        "command": "shrink", "model": {"name": "tiny", "digest": "ab12"}, "neurons": None, "heads": None, "layers": 1,
+        "experts": 0.5, "target": 0.25, "of": ["heads", "neurons"], "round": 64, "criterion": "obs", "depth": "kl",
+        "compensate": True, "seed": 7, "propagate": "block", "dtype": "auto",
+        "calibration": {"source": "c4", "samples": 4, "seqlen": 8, "tokens": 32, "seed": 7, "digest": "cd34"},
+        "device": "cpu", "threads": 2, "micro_batch_tokens": 4096,
+        "evaluate": {"source": "wikitext2", "seqlen": None}, "software": SOFTWARE,
+    }  # fmt: skip
+    own = {"target": 0.25, "tokens": 32}
+    matrices = [
+        {"name": "model.layers.0.attn.o_proj", "shape": [4, 4], **own, "output_error": 0.5, "block": 0},
+        {"name": "model.layers.0.mlp.experts.down[0]", "shape": [4, 2], **own, "output_error": 0.125, "block": 0},
+        {"name": "model.layers.0.mlp.experts.down[1]", "shape": [4, 6], **own, "output_error": 0.25, "block": 0},
+        {"name": "model.layers.1.attn.o_proj", "shape": [4, 4], **own, "output_error": 0.75, "block": 1},
+    ]
+    steps = [
+        {"step": "layers", "removed": [2], "kl": 0.25, "tried": {"(0,)": 2.0, "(1,)": 1.0, "(2,)": 0.25, "(3,)": 0.5},
+         "seconds": 2.0, "boot": "b"},
+        {"step": "experts", "kept": [[1, 3], None, [0, 1]], "seconds": 1.0, "boot": "b",
+         "salience": [[1.0, 3.0, 2.0, 4.0], None, [8.0, 7.0, 5.0, 6.0]]},
+        {"step": "split", "heads": 1, "neurons": 0.125, "seconds": 3.0, "boot": "b",
+         "kl": {"50.0% of the neurons removed": 0.75, "1 groups of heads left and 12.5% of the neurons removed": 0.5}},
+    ]  # fmt: skip
+    return {
+        "schema": 1, "plan": plan,
+        "config": {"intermediate_size": [1536, 1152], "num_hidden_layers": [4, 3], "head_dim": [None, 8],
+                   "layer_types": [["a", "b", "a", "b"], ["a", "b", "b"]]},
+        "parameters": {"before": 2000, "after": 1600, "blocks_before": 1600, "blocks_after": 1200},
+        "removed_layers": [2], "kept_experts": [[1, 3], None, [0, 1]], "steps": steps, "matrices": matrices,
+        "blocks": [
+            {"block": 0, "seconds": 1.5, "output_error": 0.25},
+            {"block": 1, "seconds": 2.5, "output_error": 0.5},
+        ],
+        "seconds": {"shrinking": 10.0, "this_process": 12.0}, "peak_memory_bytes": 2_000_000,
+        "bytes": {"source_files": 900, "dense_16_bit": 4000, "output": 6400},
+        "evaluation": {"before": perplexity(3.0, 20.0), "after": perplexity(4.0, 50.0)},
+    }  # fmt: skip
+
+
 def evaluations() -> list[Json]:
     """Evaluations of everything that can be measured."""
     dense = {
@@ -127,11 +176,11 @@ def a_comparison() -> Json:
 def poisoned(value: Any, key: str = "") -> Any:
     """The same data with hostile text in every string, and very long text where people write freely."""
     if isinstance(value, str):
-        if key == "command" and " " not in value:
-            return value  # pack or unpack, by which the kind of report is known
+        if key in ("command", "step") and " " not in value:
+            return value  # such as pack or unpack, by which the kind of report is known
         return value + HOSTILE + ("x" * 10_000 if key in ("prompt", "continuation", "error", "secateur") else "")
     if isinstance(value, dict):
-        own = key in ("software", "metrics")  # keys that are data
+        own = key in ("software", "metrics", "config", "kl", "tried")  # keys that are data
         return {k + HOSTILE if own else k: poisoned(v, k) for k, v in value.items()}
     return [poisoned(item, key) for item in value] if isinstance(value, list) else value
 
@@ -159,9 +208,10 @@ def save_run(directory: Path, report: Json, blocks: int) -> Path:
     directory.mkdir()
     (directory / "plan.json").write_text(json.dumps(report["plan"]))
     journal = [{"evaluated": "before", "of": report["plan"]["evaluate"], "result": report["evaluation"]["before"]}]
+    journal += report.get("steps", [])
     for block in report["blocks"][:blocks]:
         own = [m for m in report["matrices"] if m["block"] == block["block"]]
-        bare = [{k: v for k, v in m.items() if k not in ("block", "sparsity")} for m in own]
+        bare = [{"zeros": 4, **{k: v for k, v in m.items() if k not in ("block", "sparsity")}} for m in own]
         journal.append({**block, "matrices": bare, "boot": "b"})
     torn = '{"block": 1, "secon'
     (directory / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal) + torn)
@@ -170,13 +220,17 @@ def save_run(directory: Path, report: Json, blocks: int) -> Path:
 
 def save_every_kind(folder: Path) -> dict[str, Path]:
     """One path of each kind that a page can be made of, hostile ones and poor ones among them."""
-    pruned, lines, comparison = a_pruning(), evaluations(), a_comparison()
+    pruned, shrunk, lines, comparison = a_pruning(), a_shrinking(), evaluations(), a_comparison()
     paths = {
         "pruned": save_output(folder / "out", pruned),
         "full": save_output(folder / "full", pruned, lines),
         "packed": save_output(folder / "packed", packed_report(pruned), lines),
         "packed int8": save_output(folder / "int8", packed_report(None, "int8")),
         "unfinished": save_run(folder / "half.secateur", pruned, 1),
+        "shrunk": save_output(folder / "shrunk", shrunk, lines),
+        "shrunk packed": save_output(folder / "shrunk-packed", packed_report(shrunk, "int8")),
+        "shrunk unfinished": save_run(folder / "shrunk-half.secateur", shrunk, 1),
+        "shrunk hostile": save_output(folder / "shrunk-hostile", poisoned(shrunk), [poisoned(line) for line in lines]),
         "hostile": save_output(folder / "hostile", poisoned(pruned), [poisoned(line) for line in lines]),
     }
     rows = comparison["rows"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from report_data import Json, a_comparison, a_pruning, evaluations, save_every_kind
+from report_data import Json, a_comparison, a_pruning, a_shrinking, evaluations, save_every_kind
 from secateur.report.page.records import load_records
 from secateur.report.page.render import render_page
 
@@ -14,6 +14,11 @@ from secateur.report.page.render import render_page
 @pytest.fixture
 def pruned() -> Json:
     return a_pruning()
+
+
+@pytest.fixture
+def shrunk() -> Json:
+    return a_shrinking()
 
 
 @pytest.fixture

@@ -20,7 +20,19 @@ from secateur.report.page.render import render_page
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
-KINDS = ("full", "packed int8", "unfinished", "hostile", "comparison", "models", "hostile comparison", "beyond")
+KINDS = (
+    "full",
+    "shrunk",
+    "shrunk unfinished",
+    "shrunk hostile",
+    "packed int8",
+    "unfinished",
+    "hostile",
+    "comparison",
+    "models",
+    "hostile comparison",
+    "beyond",
+)
 WIDTHS = (360, 1440)
 
 # Each page in a frame of the width in question: a window cannot be as narrow as a phone.

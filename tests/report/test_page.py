@@ -9,93 +9,27 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
 import pytest
 
+from html_pages import Node, Tree, cards, page_of, table
 from report_data import HOSTILE, Json, packed_report, poisoned, row, save_output, save_run
 from secateur.report.commands import making_command
+from secateur.report.page.blocks import by_kind
 from secateur.report.page.charts import heat_levels, kind_labels
 from secateur.report.page.pictures import HEAT, log_ticks
-from secateur.report.page.pruned import by_kind
 from secateur.report.page.records import Records, load_records
 from secateur.report.page.render import render_page
 from secateur.report.page.wording import tidy
 
 Html = Callable[[str], str]
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-
-@dataclass
-class Node:
-    tag: str
-    attributes: dict[str, str | None]
-    inside: list[Node] = field(default_factory=list)
-    text: str = ""
-
-    def all(self, tag: str) -> list[Node]:
-        return [n for inner in self.inside for n in ([inner] if inner.tag == tag else []) + inner.all(tag)]
-
-    @property
-    def words(self) -> str:
-        return " ".join((self.text + " " + " ".join(inner.words for inner in self.inside)).split())
-
-    def __getitem__(self, name: str) -> str:
-        return self.attributes[name] or ""
-
-
-class Tree(HTMLParser):
-    """A strict reader: every element is closed where it belongs."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open = [Node("document", {})]
-        self.feed(page)
-        self.close()
-        assert [node.tag for node in self.open] == ["document"]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"an attribute twice in {tag}"
-        node = Node(tag, dict(attrs))
-        self.open[-1].inside.append(node)
-        if tag not in VOID:
-            self.open.append(node)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open[-1].inside.append(Node(tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        self.open[-1].text += data
-
-
-def page_of(records: Records) -> Node:
-    return Tree(render_page(records)).open[0]
-
-
-def table(page: Node, caption: str) -> list[list[str]]:
-    """The cells of the one table whose caption begins so: numbers as they were recorded, the rest as shown."""
-    [found] = [t for t in page.all("table") if t.all("caption")[0].words.startswith(caption)]
-    rows = []
-    for line in found.all("tbody")[0].all("tr"):
-        cells = [cell for cell in line.inside if cell.tag in ("th", "td")]
-        rows.append([cell.all("data")[0]["value"] if cell.all("data") else cell.words for cell in cells])
-    return rows
-
-
-def cards(page: Node) -> dict[str, str]:
-    [group] = [node for node in page.all("dl") if node.attributes.get("class") == "cards"]
-    return {card.all("dt")[0].words: " | ".join(dd.words for dd in card.all("dd")) for card in group.all("div")}
-
 
 KINDS = [
-    "pruned", "full", "packed", "packed int8", "unfinished", "hostile", "comparison", "models", "hostile comparison",
+    "pruned", "full", "packed", "packed int8", "shrunk", "shrunk packed", "shrunk unfinished", "shrunk hostile",
+    "unfinished", "hostile", "comparison", "models", "hostile comparison",
     "dense only", "one row", "no rows", "beyond",
 ]  # fmt: skip
 
@@ -396,7 +330,7 @@ def test_tidying_twice_is_tidying_once() -> None:
     assert tidy(once) == once and once["a"][1:] == [None, None, 3, True, None]
 
 
-@pytest.mark.parametrize("name", ["wording", "pictures", "pruned", "plots"])
+@pytest.mark.parametrize("name", ["wording", "pictures", "blocks", "plots"])
 def test_examples(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"secateur.report.page.{name}"))
     assert found.attempted and not found.failed

@@ -20,7 +20,9 @@ def test_the_files_are_those_that_are_written() -> None:
 def test_every_kind_is_known_by_what_it_holds(every_kind: dict[str, Path]) -> None:
     kinds = {name: load_records(path).kind for name, path in every_kind.items()}
     models = {"pruned": "pruned", "full": "pruned", "hostile": "pruned", "packed": "packed", "packed int8": "packed"}
-    assert kinds == {**dict.fromkeys(kinds, "comparison"), **models, "unfinished": "unfinished"}
+    models |= {"shrunk": "shrunk", "shrunk hostile": "shrunk", "shrunk packed": "packed"}
+    unfinished = dict.fromkeys(("unfinished", "shrunk unfinished"), "unfinished")
+    assert kinds == {**dict.fromkeys(kinds, "comparison"), **models, **unfinished}
 
 
 def test_an_output_is_read_with_its_evaluations(tmp_path: Path, pruned: Json, lines: list[Json]) -> None:
@@ -129,15 +131,15 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("wrong", [None, "text", 7, [], {}, [[]], {"a": {}}, "absent"])
 def test_any_value_of_another_type_makes_a_page_or_an_error_of_one_line(
-    tmp_path: Path, pruned: Json, lines: list[Json], wrong: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pruned: Json, shrunk: Json, lines: list[Json], wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from secateur.report.page import charts, render
 
     monkeypatch.setattr(charts, "draw", lambda *_, **__: "")  # slow, and of no account here
     out = save_output(tmp_path / "out", pruned, lines)
-    sound = {REPORT: pruned, EVALUATIONS: lines[0]}
+    sound = [(REPORT, pruned), (EVALUATIONS, lines[0]), (REPORT, shrunk)]
     outcomes = set()
-    for file, document in sound.items():
+    for file, document in sound:
         for *way, last in places(document):
             damaged = json.loads(json.dumps(document))
             parent = damaged

@@ -10,7 +10,7 @@ from ..progress import Progress
 from ..report.terminal.progress import terminal_progress
 from ..shrinking.request import ShrinkRequest
 from ..shrinking.shrink import shrink_checkpoint
-from .places import measured_on, output_path
+from .places import measured_on, output_path, write_card
 
 
 def shrink(
@@ -98,6 +98,6 @@ def shrink(
     )  # fmt: skip
     measure = measured_on(evaluate, tokenizer, seqlen, device, progress, trust_remote_code) if evaluate else None
     return shrink_checkpoint(
-        str(model), output_path(output), request, progress, tokenizer=tokenizer, evaluate=measure,
+        str(model), output_path(output), request, progress, tokenizer=tokenizer, evaluate=measure, describe=write_card,
         dry_run=dry_run, overwrite=overwrite, resume=resume,
     )  # fmt: skip

@@ -10,30 +10,36 @@ from typing import Any
 from ..pipeline.calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
 from ..pipeline.plan import Request
 from ..pruning import METHODS
+from ..shrinking.request import ShrinkRequest
 
 ALLOCATION = "allocation.yaml"  # stands for rules that were given in Python, or in a file of whatever name
 
 
 def making_command(plan: Mapping[str, Any], output: str) -> str | None:
     """Return the line of the shell that makes a plan's output; None if no command can name what was given in Python."""
-    if "command" in plan:
-        options = option_words(plan, {"format": "bitmask", "values": None})
-        return shlex.join(["secateur", plan["command"], plan["model"]["name"], output, *options])
-    command = prune_command(plan)
+    command = making_words(plan)
     return None if command is None else shlex.join([*command[:3], output, *command[3:]])
 
 
-def prune_command(plan: Mapping[str, Any]) -> list[str] | None:
+def making_words(plan: Mapping[str, Any]) -> list[str] | None:
     """Return the words of the command that makes a plan, but for OUTPUT; None if no command can name what was given.
 
     Only options that differ from the defaults.
     """
-    calibration, name = plan.get("calibration"), plan["method"].partition(":")[0]
-    given = calibration is not None and calibration["source"].startswith("the given ")
-    if plan["model"].get("digest") is None or name not in METHODS or given:
+    if "command" not in plan:
+        return prune_command(plan)
+    if plan["command"] == "shrink":
+        return shrink_command(plan)
+    options = option_words(plan, {"format": "bitmask", "values": None})
+    return ["secateur", plan["command"], plan["model"]["name"], *options]
+
+
+def prune_command(plan: Mapping[str, Any]) -> list[str] | None:
+    """Return the words of ``prune`` for a plan, as `making_words` does."""
+    name = plan["method"].partition(":")[0]
+    if plan["model"].get("digest") is None or name not in METHODS or _given(plan):
         return None
     fixed = re.fullmatch(r"\d+:\d+", plan["pattern"])  # which implies the sparsity
-    evaluate = plan.get("evaluate") or {"source": None, "seqlen": calibration and calibration["seqlen"]}
     usual = vars(Request())
     kept = ("method", "propagate", "format", "values", "dtype")
     wanted = {
@@ -43,14 +49,46 @@ def prune_command(plan: Mapping[str, Any]) -> list[str] | None:
         "allocation": "uniform" if plan.get("allocation", "uniform") == "uniform" else ALLOCATION,
         "include": tuple(plan.get("include") or ()),
         "exclude": tuple(plan.get("exclude") or ()),
-        "evaluate": evaluate["source"],
-        "seqlen": None if evaluate.get("seqlen") == DEFAULT_SEQLEN else evaluate.get("seqlen"),
+        **_texts(plan),
     }
+    return ["secateur", "prune", plan["model"]["name"], *option_words(wanted, usual)]
+
+
+def shrink_command(plan: Mapping[str, Any]) -> list[str] | None:
+    """Return the words of ``shrink`` for a plan, as `making_words` does."""
+    if _given(plan):
+        return None
+    usual, layers = vars(ShrinkRequest()), plan.get("layers")
+    kept = ("neurons", "heads", "experts", "target", "round", "criterion", "depth", "compensate", "propagate", "dtype")
+    if isinstance(layers, list):  # one block is named twice, since a single number says how many
+        layers = ",".join(map(str, layers * 2 if len(layers) == 1 else layers))
+    wanted = {
+        **{key: plan.get(key, usual[key]) for key in kept},
+        "layers": layers,
+        "of": ",".join(plan.get("of") or usual["of"]),
+        **_texts(plan),
+        "seed": plan.get("seed", usual["seed"]),
+    }
+    return ["secateur", "shrink", plan["model"]["name"], *option_words(wanted, {**usual, "of": ",".join(usual["of"])})]
+
+
+def _given(plan: Mapping[str, Any]) -> bool:
+    """Whether the calibration text was handed over in Python."""
+    calibration = plan.get("calibration")
+    return calibration is not None and calibration["source"].startswith("the given ")
+
+
+def _texts(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that name texts to calibrate and to evaluate on."""
+    calibration = plan.get("calibration")
+    evaluate = plan.get("evaluate") or {"source": None, "seqlen": calibration and calibration["seqlen"]}
+    seqlen = evaluate.get("seqlen")
+    wanted = {"evaluate": evaluate["source"], "seqlen": None if seqlen == DEFAULT_SEQLEN else seqlen}
     if calibration:
         wanted["calibration"] = calibration["source"].replace("wikitext2:train", "wikitext2")
         wanted["samples"] = None if calibration["samples"] == DEFAULT_SAMPLES else calibration["samples"]
         wanted["seed"] = calibration["seed"]
-    return ["secateur", "prune", plan["model"]["name"], *option_words(wanted, usual)]
+    return wanted
 
 
 def option_words(wanted: Mapping[str, Any], default: Mapping[str, Any]) -> list[str]:
@@ -58,6 +96,9 @@ def option_words(wanted: Mapping[str, Any], default: Mapping[str, Any]) -> list[
     words = []
     for key, usual in default.items():
         value = wanted.get(key, usual)
+        if isinstance(usual, bool):
+            words += [] if bool(value) == usual else [f"--{'no-' * usual}{key}"]
+            continue
         for one in value if isinstance(value, tuple) else [value]:
             words += [] if value == usual else [f"--{key}", str(one)]
     return words

@@ -16,11 +16,13 @@ from ...evaluation.records import EVALUATIONS
 from ...models.source import SMOLLM2
 from ...pipeline.files import write_text
 from ...pipeline.run_directory import report_of
-from ..commands import ALLOCATION, option_words, prune_command
+from ..commands import ALLOCATION, making_words
+from ..removed import is_shrunk
 from ..words import duration, packed_words, size
 from .evaluation import DAMAGED, evaluation_markdown
 from .metadata import HUB_ID, carried, front_matter, hub_id, metadata
-from .papers import PAPERS
+from .papers import PAPERS, cited
+from .shrunk import LOADING, shrunk_facts, shrunk_sentences, shrunk_size, shrunk_words
 from .text import (
     calibrated_on,
     markdown_code,
@@ -40,7 +42,7 @@ Report = Mapping[str, Any]
 
 
 def model_card(directory: Path, source_card: str | None) -> str:
-    """Return the card of an output of ``prune``, ``pack`` or ``unpack``.
+    """Return the card of an output of ``prune``, ``shrink``, ``pack`` or ``unpack``.
 
     Args:
         directory: holds ``secateur.json``, and perhaps ``evaluations.jsonl`` and a licence.
@@ -93,20 +95,27 @@ def refresh_card(directory: Path) -> None:
 
 
 def _report(directory: Path) -> Report | None:
-    """The report of a directory, with that of ``prune`` under "pruned"; one that cannot be read counts for nothing."""
+    """The report of a directory, with that of ``prune`` or ``shrink`` under "pruned"; None if it cannot be read."""
     report = report_of(directory)
-    if report is None or "command" not in report["plan"]:
-        return report and {**report, "pruned": report}
+    if report is None or not _repacked(report):
+        return report and {"packed": None, **report, "pruned": report}
     with suppress(*DAMAGED):  # it came with the model that was packed
         if report["pruned"] and all((_title(report), _summary(report), _facts(report), _making(directory, report))):
             return report
     return {**report, "pruned": None}
 
 
+def _repacked(report: Report) -> bool:
+    """Whether a report is one of ``pack`` or ``unpack``, which say what a model had become before."""
+    return report["plan"].get("command", "prune") not in ("prune", "shrink")
+
+
 def _title(report: Report) -> str:
     pruned, command = report["pruned"], report["plan"].get("command")
     words = [markdown_text(PurePath((pruned or report)["plan"]["model"]["name"]).name or "A model")]
-    if pruned:
+    if is_shrunk(pruned):
+        words.append(shrunk_words(pruned))
+    elif pruned:
         words.append(f"pruned with {_method_name(pruned['plan']['method'])} to {pruned['sparsity'] * 100:.3g}%")
     return ", ".join([*words, *(["packed"] if command == "pack" else [])])
 
@@ -128,7 +137,9 @@ def _base(report: Report) -> str:
 def _summary(report: Report) -> str:
     pruned, plan = report["pruned"], report["plan"]
     sentences = [f"This is {_base(report)}; how it was pruned is not recorded here."]
-    if pruned:
+    if is_shrunk(pruned):
+        sentences = shrunk_sentences(pruned, _base(report))
+    elif pruned:
         narrowed = pruned["plan"]["include"] or pruned["plan"]["exclude"]
         where = "those of its linear layers that were selected" if narrowed else "its decoder's linear layers"
         sentences = [
@@ -145,12 +156,15 @@ def _summary(report: Report) -> str:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     pruned, plan, sizes = report["pruned"], report["plan"], report["bytes"]
-    facts = [("Base model", _base(report)), *(_pruning_facts(pruned) if pruned else [])]
+    made = (shrunk_facts if is_shrunk(pruned) else _pruning_facts)(pruned) if pruned else []
+    facts = [("Base model", _base(report)), *made]
     if packed := report["packed"]:
         values = ", values rounded to 8 bits" if plan["values"] else ""
         facts.append(("Packed", f"as {markdown_code(plan['format'])}, {packed_words(packed)}{values}"))
     if sizes and "source" in sizes:
         facts.append(("Size", f"{size(sizes['output'])}; before, {size(sizes['source'])}"))
+    elif is_shrunk(pruned):
+        facts.append(("Size", shrunk_size(pruned)))
     elif sizes:
         facts.append(("Size", f"{size(sizes['output'])}; dense in 16 bits, {size(sizes['dense_16_bit'])}"))
     return facts
@@ -181,18 +195,17 @@ def _method(method: str) -> str:
     name, _, options = method.partition(":")
     if name not in PAPERS:
         return f"{markdown_code(method)}, a method of its user's own"
-    paper = PAPERS[name]
-    cited = f"{paper.name}: {paper.authors}, *[{paper.title}]({paper.link})*, {paper.where}"
-    return f"{cited}. Options: {markdown_code(options.replace(':', ', '))}" if options else cited
+    said = cited(PAPERS[name])
+    return f"{said}. Options: {markdown_code(options.replace(':', ', '))}" if options else said
 
 
 def _evaluation(directory: Path, report: Report) -> str:
-    lines, dense = _recorded(directory), None
+    lines, dense, shrunk = _recorded(directory), None, is_shrunk(report["pruned"])
     with suppress(*DAMAGED):  # most runs have no evaluation
         own = report["pruned"]["evaluation"]
-        when = "before packing" if "command" in report["plan"] else "when pruned"
+        when = "before packing" if _repacked(report) else "when shrunk" if shrunk else "when pruned"
         lines, dense = [{**own["after"], "date": when}, *lines], {**own["before"]}
-    told = evaluation_markdown(lines, dense)
+    told = evaluation_markdown(lines, dense, "Base model" if shrunk else "Dense model")
     return f"{BEGIN}\n\n{told}\n\n{END}"
 
 
@@ -223,6 +236,8 @@ def _loading(directory: Path, report: Report) -> str:
     ]
     if report["packed"]:
         need = "Install Secateur first, which teaches transformers to read it: `pip install secateur`."
+    elif is_shrunk(report["pruned"]):
+        need = LOADING
     else:
         need = (
             "It is a complete checkpoint of transformers, and nothing else is needed. Its zeros are stored too, so it "
@@ -242,20 +257,19 @@ def _making(directory: Path, report: Report) -> str:
     flag = ["--trust-remote-code"] if _own_code(directory) else []
     source, lines, parts = plan["model"]["name"], [], []
     if pruned:
-        command = prune_command(pruned["plan"])
-        target = "PRUNED" if "command" in plan else "OUTPUT"
-        source = "PRUNED" if command else source
+        command, did = making_words(pruned["plan"]), "shrunk" if is_shrunk(pruned) else "pruned"
+        target = did.upper() if _repacked(report) else "OUTPUT"
+        source = did.upper() if command else source
         lines += [shlex.join([*command[:3], target, *command[3:], *flag])] if command else []
         if command is None:
             parts.append(
-                "It was pruned from Python, with what no command line can name; `secateur.json` has the whole plan."
+                f"It was {did} from Python, with what no command line can name; `secateur.json` has the whole plan."
             )
-        if not isinstance(rules := pruned["plan"]["allocation"], str):
+        if not isinstance(rules := pruned["plan"].get("allocation", "uniform"), str):
             allocation = yaml.safe_dump(rules, sort_keys=False, width=10**6).rstrip()
             parts.append(f"{ALLOCATION}:\n\n{markdown_fence(allocation, 'yaml')}")
-    if "command" in plan:
-        options = option_words(plan, {"format": "bitmask", "values": None})
-        lines.append(shlex.join(["secateur", plan["command"], source, "OUTPUT", *options, *flag]))
+    if _repacked(report) and (command := making_words(plan)):
+        lines.append(shlex.join([*command[:2], source, "OUTPUT", *command[3:], *flag]))
     if lines:
         parts.insert(0, markdown_fence("\n".join(map(plain, lines))))
     made = dict.fromkeys(versions(one["plan"]["software"]) for one in (pruned or report, report))

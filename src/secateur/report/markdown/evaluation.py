@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ..words import size
@@ -26,21 +27,23 @@ from .text import (
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)  # records not as we write them
 
 
-def evaluation_markdown(lines: Sequence[Row], dense: Row | None) -> str:
+def evaluation_markdown(lines: Sequence[Row], dense: Row | None, whole: str = "Dense model") -> str:
     """Return what was measured on one model, of each kind the newest, and what that leaves open.
 
     Args:
         lines: evaluations as ``evaluations.jsonl`` has them, oldest first; what cannot be read in them is left out.
         dense: an evaluation of the dense model, for perplexities on the same tokens that have no other to compare with.
+        whole: what the model that it is compared with is called.
     """
     if dense:
         same = [all(line.get(key) == dense.get(key) for key in TOKENS) and not line.get("against") for line in lines]
         lines = [{**line, "against": dense} if fits else line for line, fits in zip(lines, same, strict=True)]
-    texts = _newest(lines, lambda line: [line[key] for key in TOKENS[:3]], _perplexities)
-    tasks = _newest(lines, lambda line: [(r["task"], r["shots"]) for r in line["tasks"]["results"]], _task_tables)
+    perplexities, task_tables = partial(_perplexities, whole=whole), partial(_task_tables, whole=whole)
+    texts = _newest(lines, lambda line: [line[key] for key in TOKENS[:3]], perplexities)
+    tasks = _newest(lines, lambda line: [(r["task"], r["shots"]) for r in line["tasks"]["results"]], task_tables)
     speeds = _newest(lines, lambda line: "bench", _speed_table)
     shown = [
-        show(found) for show, found in ((_perplexities, texts), (_task_tables, tasks), (_speed_table, speeds)) if found
+        show(found) for show, found in ((perplexities, texts), (task_tables, tasks), (_speed_table, speeds)) if found
     ]
     return "\n\n".join([*shown, _limits(texts, tasks)])
 
@@ -81,18 +84,22 @@ def _day(line: Row) -> str:
     return markdown_text(str(line["date"]).partition("T")[0])
 
 
-def _perplexities(lines: Sequence[Row]) -> str:
-    table = table_of(lines, MEASURED)
+def _named(columns: Sequence[Column], whole: str) -> list[Column]:
+    return [(whole if heading == "Dense model" else heading, align, cell) for heading, align, cell in columns]
+
+
+def _perplexities(lines: Sequence[Row], whole: str) -> str:
+    table = table_of(lines, _named(MEASURED, whole))
     if any(get_at("fidelity")(line) for line in lines):
-        table += f"\n\n{FIDELITY}"
+        table += f"\n\n{FIDELITY.replace('dense model', whole.lower())}"
     return table
 
 
-def _task_tables(lines: Sequence[Row]) -> str:
-    return "\n\n".join(map(_task_table, lines))
+def _task_tables(lines: Sequence[Row], whole: str) -> str:
+    return "\n\n".join(_task_table(line, whole) for line in lines)
 
 
-def _task_table(line: Row) -> str:
+def _task_table(line: Row, whole: str) -> str:
     tasks, dense = line["tasks"], (line.get("against") or {}).get("tasks") or {"results": [], "mean": None}
     former = {(r["task"], metric): value for r in dense["results"] for metric, value in r["metrics"].items()}
     rows = [
@@ -100,11 +107,11 @@ def _task_table(line: Row) -> str:
         for result in tasks["results"]
         for metric, value in result["metrics"].items()
     ]
-    means = [("this model", tasks["mean"]), ("dense model", dense["mean"])]
+    means = [("this model", tasks["mean"]), (whole.lower(), dense["mean"])]
     notes = [f"mean of acc {mean:.3f} ({whose})" for whose, mean in means if mean is not None]
     notes += [] if tasks["limit"] is None else [f"only the first {tasks['limit']:,} questions of each task"]
     notes += [markdown_text(f"{tasks['library']} in {tasks['dtype']}"), _day(line)]
-    return f"{table_of(rows, TASKS)}\n\n± is one standard error; {'; '.join(notes)}."
+    return f"{table_of(rows, _named(TASKS, whole))}\n\n± is one standard error; {'; '.join(notes)}."
 
 
 def _with_error(metric: Row) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from ...models.source import SMOLLM2
 from ...pruning import METHODS
+from ..removed import is_shrunk
 from .text import plain
 
 HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?"
@@ -38,9 +39,11 @@ def metadata(report: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     """Return the head of a card, of its report and the metadata of its source."""
     pruned, plan = report["pruned"], report["plan"]
     base = report["base_model"]
-    method = pruned["plan"]["method"].partition(":")[0] if pruned else ""
+    shrunk = is_shrunk(pruned)
+    method = pruned["plan"]["method"].partition(":")[0] if pruned and not shrunk else ""
     tags = ["pruned"] if pruned else []
-    tags += ["sparse"] if pruned or not plan.get("values") else []  # rounding alone packs a dense model too
+    if not shrunk and (pruned or not plan.get("values")):  # rounding alone packs a dense model too
+        tags.append("sparse")
     tags += ["secateur", *([method] if method in METHODS else [])]
     data = {"base_model": base}
     if base and plan.get("values"):  # the hub knows finetune, adapter, merge and quantized; pruning is none of them

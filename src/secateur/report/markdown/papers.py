@@ -37,3 +37,48 @@ PAPERS = {
         "ICLR 2024; here without its channel permutation", "https://openreview.net/forum?id=Tr0lPx9woF",
     ),
 }  # fmt: skip
+
+ZIPLM = Paper(
+    "ZipLM", "Eldar Kurtic, Elias Frantar, Dan Alistarh",
+    "ZipLM: Inference-Aware Structured Pruning of Language Models",
+    "NeurIPS 2023; here a few at a time and without its measured runtimes", "https://arxiv.org/abs/2302.04089",
+)  # fmt: skip
+FLAP = Paper(
+    "FLAP", "Yongqi An, Xu Zhao, Tao Yu, Ming Tang, Jinqiao Wang",
+    "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+    "AAAI 2024; here every block keeps the same width", "https://arxiv.org/abs/2312.11983",
+)  # fmt: skip
+
+# What chooses neurons and heads, what chooses blocks, and what chooses experts.
+CRITERIA_PAPERS = {
+    "obs": ZIPLM,
+    "flap": FLAP,
+    "wanda-sp": FLAP._replace(name="Wanda-sp, a baseline of FLAP"),
+    "magnitude": Paper(
+        "magnitude pruning of whole columns", "Hao Li, Asim Kadav, Igor Durdanovic, Hanan Samet, Hans Peter Graf",
+        "Pruning Filters for Efficient ConvNets", "ICLR 2017", "https://arxiv.org/abs/1608.08710",
+    ),
+}  # fmt: skip
+DEPTH_PAPERS = {
+    "kl": Paper(
+        "SLEB", "Jiwon Song, Kyungseok Oh, Taesu Kim, Hyungjun Kim, Yulhwa Kim, Jae-Joon Kim",
+        "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
+        "ICML 2024; here with KL divergence for its perplexity", "https://arxiv.org/abs/2402.09025",
+    ),
+    "influence": Paper(
+        "ShortGPT",
+        "Xin Men, Mingyu Xu, Qingyu Zhang, Bingning Wang, Hongyu Lin, Yaojie Lu, Xianpei Han, Weipeng Chen",
+        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+        "2024", "https://arxiv.org/abs/2403.03853",
+    ),
+}  # fmt: skip
+REAP = Paper(
+    "REAP", "Mike Lasby, Ivan Lazarevich, Nish Sinnadurai, Sean Lie, Yani Ioannou, Vithursan Thangarasa",
+    "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression",
+    "2025", "https://arxiv.org/abs/2510.13999",
+)  # fmt: skip
+
+
+def cited(paper: Paper) -> str:
+    """Return a paper as a table's cell shows it."""
+    return f"{paper.name}: {paper.authors}, *[{paper.title}]({paper.link})*, {paper.where}"

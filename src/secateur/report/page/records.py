@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, OutputError
-from .shapes import COMPARISON, JOURNAL_BLOCK, PACKED, PLAN, PRUNED, check, evaluation_line
+from .shapes import (
+    COMPARISON,
+    JOURNAL_BLOCK,
+    PACKED,
+    PLAN,
+    SHRINK_PLAN,
+    SHRUNK_BLOCK,
+    a_step,
+    check,
+    evaluation_line,
+    made_by,
+)
 from .wording import tidy
 
 SCHEMA = 1
@@ -22,7 +33,7 @@ class Records:
     """What a page is made of.
 
     Attributes:
-        kind: ``pruned``, ``packed`` (or unpacked), ``unfinished`` or ``comparison``.
+        kind: ``pruned``, ``packed`` (or unpacked), ``shrunk``, ``unfinished`` or ``comparison``.
         name: the directory's or file's own name, without its place.
         report: ``secateur.json``; of an unfinished run what its plan and journal say; empty for a comparison.
         evaluations: lines of ``evaluations.jsonl``, oldest first.
@@ -42,8 +53,8 @@ def load_records(path: Path) -> Records:
     """Read what lies at `path`.
 
     Args:
-        path: OUTPUT of prune or pack; the run directory of an unfinished run, or the OUTPUT that it is to make; a
-            directory with ``comparison.json``, or such a file, which may hold several documents.
+        path: OUTPUT of prune, pack or shrink; the run directory of an unfinished run, or the OUTPUT that it is to
+            make; a directory with ``comparison.json``, or such a file, which may hold several documents.
 
     Raises:
         OutputError: nothing of ours lies there.
@@ -71,40 +82,46 @@ def load_records(path: Path) -> Records:
 def _finished(path: Path, name: str) -> Records:
     report = _one(path / REPORT)
     _check_schema(report, path / REPORT)
-    packed = isinstance(report.get("plan"), dict) and "command" in report["plan"]
-    check(report, PACKED if packed else PRUNED, f"{path / REPORT}")
+    plan = report.get("plan")
+    command = plan.get("command", "prune") if isinstance(plan, dict) else "prune"
+    kind = {"prune": "pruned", "shrink": "shrunk"}.get(str(command), "packed")
+    check(report, PACKED if kind == "packed" else made_by(report), f"{path / REPORT}")
     lines = list(_lines(path / EVALUATIONS))
     for number, line in enumerate(lines, 1):
         where = f"{path / EVALUATIONS}: line {number}"
         _check_schema(line, where)
         check(line, evaluation_line, where)
-    return Records("packed" if packed else "pruned", name, report, lines)
+    return Records(kind, name, report, lines)
 
 
 def _unfinished(path: Path, name: str) -> Records:
     """The plan and the journal of a run, put together as ``secateur.json`` would be."""
     plan = _one(path / FROZEN_PLAN)
-    if "command" in plan:
-        check({"plan": plan}, {"plan": PACKED["plan"]}, f"{path / FROZEN_PLAN}")
-    else:
-        check(plan, PLAN, f"{path / FROZEN_PLAN}")
+    command = plan.get("command", "prune")
+    shapes = {"prune": (PLAN, JOURNAL_BLOCK), "shrink": (SHRINK_PLAN, SHRUNK_BLOCK)}
+    plan_shape, block_shape = shapes.get(str(command), (PACKED["plan"], {"block": int}))
+    check(plan, plan_shape, f"{path / FROZEN_PLAN}")
     lines = list(_lines(path / JOURNAL))
     blocks = [line for line in lines if "block" in line]
     for block in blocks:
-        check(block, {"block": int} if "command" in plan else JOURNAL_BLOCK, f"{path / JOURNAL}: a block")
+        check(block, block_shape, f"{path / JOURNAL}: a block")
+    steps = {str(line["step"]): line for line in lines if "step" in line}
+    for step in steps.values():
+        check(step, a_step, f"{path / JOURNAL}: a step")
     before = next((line.get("result") for line in lines if line.get("evaluated") == "before"), None)
     check({"before": before}, {"before?": evaluation_line}, f"{path / JOURNAL}: an evaluation")
     matrices = [{**matrix, "block": block["block"]} for block in blocks for matrix in block.get("matrices") or ()]
     for matrix in matrices:
         matrix["sparsity"] = matrix["zeros"] / max(1, matrix["shape"][0] * matrix["shape"][1])
-    report = {"schema": SCHEMA, "plan": plan, "blocks": blocks, "matrices": matrices}
+    report = {"schema": SCHEMA, "plan": plan, "steps": list(steps.values()), "blocks": blocks, "matrices": matrices}
     report["evaluation"] = {"before": before, "after": None} if before else None
     return Records("unfinished", name, report, blocks=_count_of_blocks(path, plan["model"]["name"]))
 
 
 def _count_of_blocks(path: Path, model: str) -> int | None:
     """How many blocks a run has to do, as the model's own config says, where that lies at hand."""
-    for config in (*sorted(path.glob("source-*/config.json")), Path(model) / "config.json"):
+    smaller = path / "source-narrow" / "config.json"  # whose blocks are cut after others were removed
+    for config in (smaller, *sorted(path.glob("source-*/config.json")), Path(model) / "config.json"):
         try:
             found: Any = json.loads(config.read_text(encoding="utf-8"))
             count = found.get("text_config", found).get("num_hidden_layers", found.get("n_layer"))

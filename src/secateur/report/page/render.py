@@ -7,9 +7,11 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..removed import is_shrunk
 from .comparison import comparison_page
 from .pruned import model_page
 from .records import Records
+from .shrunk import shrunk_page
 from .wording import tidy
 
 BEGINNING = b"<!DOCTYPE html>"
@@ -39,7 +41,10 @@ def render_page(records: Records) -> str:
         evaluations=tidy(records.evaluations),
         comparisons=tidy(records.comparisons),
     )
-    page = comparison_page(records) if records.kind == "comparison" else model_page(records)
+    if records.kind == "comparison":
+        page = comparison_page(records)
+    else:
+        page = shrunk_page(records) if is_shrunk(records.report) else model_page(records)
     sections = [section for section in page.sections if not section.empty]
     environment = Environment(
         loader=PackageLoader("secateur", "report/page"),

@@ -81,12 +81,71 @@ PRUNED: dict[str, Any] = {
     "packed?": BYTES_PACKED,
     "evaluation?": {"before": {**EVALUATION, **MEASURED}, "after": {**EVALUATION, **MEASURED}},
 }
+OR_NOT = (*NUMBER, type(None))
+SHRINK_PLAN = {
+    "command": str,
+    "model": MODEL,
+    "target?": NUMBER,
+    "of?": [str],
+    "criterion": str,
+    "depth": str,
+    "calibration?": CALIBRATION,
+    "propagate": str,
+    "dtype?": str,
+    "device?": str,
+    "threads": int,
+    "micro_batch_tokens?": int,
+    "evaluate?": {"source": str, "seqlen?": int},
+    "software?": {},
+}
+
+
+def a_pair(value: Any) -> Any:
+    """Former and new value, whatever they are."""
+    return list if isinstance(value, list) and len(value) == 2 else ()
+
+
+def list_or_none(*of: type) -> Any:
+    """A list of one type; or None."""
+    return lambda value: type(None) if value is None else [of]
+
+
+def a_step(value: Any) -> dict[str, Any]:
+    """What was tried out before the first block; of several candidates at once, each has a distance."""
+    distances = {"*": OR_NOT} if isinstance(value, dict) and value.get("step") == "split" else NUMBER
+    own = {"kl?": distances, "tried?": {"*": OR_NOT}, "influence?": [OR_NOT]}
+    return {"step": str, "seconds": NUMBER, **own, "kept?": [list_or_none(int)], "salience?": [list_or_none(*OR_NOT)]}
+
+
+SHRUNK_MATRIX = {"name": str, "shape": [int], "output_error?": NUMBER}
+SHRUNK_BLOCK = {**BLOCK, "matrices": [{**SHRUNK_MATRIX, "zeros": NUMBER}]}
+SHRUNK: dict[str, Any] = {
+    "plan": SHRINK_PLAN,
+    "config": {"*": a_pair},
+    "parameters": {"before": NUMBER, "after": NUMBER, "blocks_before": NUMBER, "blocks_after": NUMBER},
+    "removed_layers": [int],
+    "steps": [a_step],
+    "blocks": [BLOCK],
+    "matrices": [{**SHRUNK_MATRIX, "block": int}],
+    "seconds": {"shrinking": NUMBER},
+    "peak_memory_bytes?": NUMBER,
+    "bytes": {"source_files?": NUMBER, "dense_16_bit?": NUMBER, "output": NUMBER},
+    "evaluation?": {"before": {**EVALUATION, **MEASURED}, "after": {**EVALUATION, **MEASURED}},
+}
+
+
+def made_by(value: Any) -> dict[str, Any]:
+    """The report of what was pruned, or of what was shrunk."""
+    plan = value.get("plan") if isinstance(value, dict) else None
+    return SHRUNK if isinstance(plan, dict) and plan.get("command") == "shrink" else PRUNED
+
+
 PACKED: dict[str, Any] = {
     "plan": {"command": str, "format?": str, "values?": str, "model": MODEL, "software?": {}},
     "bytes": {"source": NUMBER, "output": NUMBER},
     "packed?": BYTES_PACKED,
     "dense_matrices?": [str],
-    "pruned?": PRUNED,
+    "pruned?": made_by,
 }
 ROW = {
     "model": str,

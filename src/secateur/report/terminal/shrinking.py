@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..removed import removed_share
 from ..words import duration, number, size, windows
 
 
@@ -25,7 +26,8 @@ def shrink_table(report: Mapping[str, Any]) -> Table:
         table.add_row(what, f"{old:,}", f"{new:,}", f"{1 - new / old:.1%} removed")
     for name, (old, new) in report["config"].items():
         if not isinstance(new, list):
-            table.add_row(escape(name), str("not said" if old is None else old), str(new), "config.json")
+            former = "not said" if old is None else str(old)
+            table.add_row(escape(name), escape(former), escape(str(new)), "config.json")
     ratio = sizes["output"] / sizes["dense_16_bit"]
     table.add_row(
         "checkpoint", size(sizes["dense_16_bit"]), size(sizes["output"]), f"{ratio:.2f} of it in 16 bits before"
@@ -44,9 +46,8 @@ def shrink_table(report: Mapping[str, Any]) -> Table:
 
 
 def removed_words(report: Mapping[str, Any]) -> str:
-    """What was removed, in a few words: ``a third of the heads and ...``."""
-    parameters, plan = report["parameters"], report["plan"]
-    share = 1 - parameters["blocks_after"] / parameters["blocks_before"]
+    """What was removed, in a few words: ``18.7% of its blocks' parameters removed, by obs``."""
+    plan, share = report["plan"], removed_share(report["parameters"])
     how = f", by {plan['criterion']}{'' if plan['compensate'] else ' without compensation'}"
     return f"{share:.1%} of its blocks' parameters removed{how if report['matrices'] else ''}"
 
@@ -55,7 +56,7 @@ def outlook_table(plan: Mapping[str, Any]) -> Table:
     """What would be written, as far as no measurement decides it."""
     table = Table(title=f"{escape(plan['model']['name'])}: nothing is written (dry run)", show_header=False)
     for name, (old, new) in plan["config"].items():
-        table.add_row(escape(name), f"{old} becomes {new}")
+        table.add_row(escape(name), escape(f"{old} becomes {new}"))
     for candidate in plan["candidates"]:
         table.add_row("to be tried out", escape(candidate))
     if calibration := plan["calibration"]:
