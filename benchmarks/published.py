@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 import secateur
-from secateur.report.terminal.progress import terminal_progress
+from secateur.reporting.terminal.progress import terminal_progress
 
 ROWS, TEXT = "c4_64x512.smollm2.jsonl", "wiki.test.raw"
 COMMON = {"text": TEXT, "windows": 40, "seqlen": 512}

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import secateur
-from secateur.report.terminal.progress import terminal_progress
+from secateur.reporting.terminal.progress import terminal_progress
 
 DENSE = 29.19
 REFERENCE = {

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 import secateur
-from secateur.report.terminal.progress import terminal_progress
+from secateur.reporting.terminal.progress import terminal_progress
 
 COMMON = {
     "text": "wiki.test.raw", "windows": 40, "seqlen": 512, "calibration": "c4_64x512.smollm2.jsonl",

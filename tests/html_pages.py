@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-from secateur.report.page.records import Records
-from secateur.report.page.render import render_page
+from secateur.reporting.page.records import Records
+from secateur.reporting.page.render import render_page
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

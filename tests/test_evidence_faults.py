@@ -24,9 +24,9 @@ from secateur.errors import OptionError, OutputError
 from secateur.evaluation import subject
 from secateur.evaluation.place import WORK
 from secateur.pipeline import files
-from secateur.report.markdown.comparison import comparison_markdown
-from secateur.report.terminal import progress
-from secateur.report.terminal.evidence import comparison_table, evaluation_table
+from secateur.reporting.markdown.comparison import comparison_markdown
+from secateur.reporting.terminal import progress
+from secateur.reporting.terminal.evidence import comparison_table, evaluation_table
 from test_faults import Disk, everything
 from tiny import TEXT, Interrupts, save_tiny, tiny_tokenizer
 

@@ -1,4 +1,4 @@
-"""Imports point one way: pruning <- models <- pipeline <- runtime <- evaluation, training <- report <- api <- cli."""
+"""Imports point one way: pruning <- models <- pipeline <- runtime, shrinking <- evaluation <- reporting <- api, cli."""
 
 import ast
 import sys
@@ -12,7 +12,7 @@ import secateur
 ROOT = Path(secateur.__file__).parent
 RANK = dict.fromkeys(["errors", "progress", "_version", "coming_from"], 0)  # anyone may import these
 RANK |= {"pruning": 1, "models": 2, "pipeline": 3, "runtime": 4, "shrinking": 4, "evaluation": 5, "training": 5}
-RANK |= {"report": 6, "api": 7, "cli": 8}
+RANK |= {"reporting": 6, "api": 7, "cli": 8}
 FILES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 
 
@@ -63,7 +63,7 @@ def test_imports_point_one_way(file: Path) -> None:
         ),
         ("models/deep/er.py", "from ...pipeline import stream", ["secateur.pipeline.stream"]),
         ("models/deep/er.py", "from ..source import x\nfrom ...pruning import wanda\nimport numpy", []),
-        ("pipeline/stream.py", "def f():\n    from secateur.report import page", ["secateur.report.page"]),
+        ("pipeline/stream.py", "def f():\n    from secateur.reporting import page", ["secateur.reporting.page"]),
         ("evaluation/speed.py", "import secateur.training.masks", ["secateur.training.masks"]),
         ("errors.py", "from .pruning import wanda", ["secateur.pruning.wanda"]),
         ("progress.py", "from .errors import SecateurError", []),

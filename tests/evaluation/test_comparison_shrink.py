@@ -17,9 +17,9 @@ from secateur.errors import OptionError
 from secateur.evaluation import subject
 from secateur.evaluation.grid import Cell, Grid
 from secateur.evaluation.rows import make_row
-from secateur.report.page.plots import pictures_of
-from secateur.report.page.rows import groups_of, setting
-from secateur.report.terminal.evidence import comparison_table
+from secateur.reporting.page.plots import pictures_of
+from secateur.reporting.page.rows import groups_of, setting
+from secateur.reporting.terminal.evidence import comparison_table
 from secateur.shrinking.request import ShrinkRequest, parse_shrink
 from tiny import rows as token_rows
 from tiny import save_tiny
@@ -82,7 +82,7 @@ def test_options_of_a_request():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["shrinking.request", "report.page.rows"])
+@pytest.mark.parametrize("name", ["shrinking.request", "reporting.page.rows"])
 def test_examples(name):
     found = doctest.testmod(importlib.import_module(f"secateur.{name}"))
     assert found.attempted and not found.failed

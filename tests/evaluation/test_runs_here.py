@@ -8,7 +8,7 @@ from rich.console import Console
 
 import secateur
 from secateur import cli
-from secateur.report.terminal.tables import inspection_table
+from secateur.reporting.terminal.tables import inspection_table
 from secateur.runtime import arrangement, kernels
 from tiny import save_tiny
 

@@ -16,7 +16,7 @@ from rich.console import Console
 import secateur
 from secateur import cli
 from secateur.evaluation import speed, speed_worker
-from secateur.report.terminal.tables import speed_table
+from secateur.reporting.terminal.tables import speed_table
 from tiny import Interrupts, edit_json, save_tiny
 
 FAMILIES = {

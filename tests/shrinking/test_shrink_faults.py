@@ -13,7 +13,7 @@ import secateur
 from secateur.errors import ModelError, OptionError, OutputError, ResumeError, SecateurError
 from secateur.progress import Silent
 from test_families import family_model
-from tiny import Interrupts, files_below, rows, save_tiny
+from tiny import Interrupts, files_below, rows, save_tiny, tensors_of
 
 COMMON = {"round": 8, "calibration": rows(6, 24), "progress": Silent()}
 
@@ -113,8 +113,8 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(models, tmp_
 
 def test_a_dry_run_proves_the_cut_and_writes_nothing(models, tmp_path):
     plan = secateur.shrink(models / "llama", tmp_path / "out", heads=0.5, neurons=0.5, dry_run=True, **COMMON)
-    assert plan["config"]["intermediate_size"] == (48, 24)
-    assert plan["config"]["num_key_value_heads"] == (2, 1)
+    assert plan["config"]["intermediate_size"] == [48, 24]
+    assert plan["config"]["num_key_value_heads"] == [2, 1]
     plan = secateur.shrink(models / "llama", tmp_path / "out", target=0.3, dry_run=True, **COMMON)
     assert len(plan["candidates"]) == 2 and not plan["config"]
     assert not any(tmp_path.iterdir())
@@ -228,10 +228,28 @@ def test_a_shrunken_model_is_pruned_packed_measured_and_shrunk_again(models, tmp
     )
     assert secateur.inspect(tmp_path / "pruned")["sparsity"] == pytest.approx(0.5, abs=0.02)
     again = secateur.shrink(tmp_path / "pruned", tmp_path / "again", heads=0.5, **COMMON)
-    assert again["config"]["num_key_value_heads"] == (2, 1)
+    assert again["config"]["num_key_value_heads"] == [2, 1]
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
     secateur.shrink(tmp_path / "again", tmp_path / "last", layers=1, **COMMON)
     assert json.loads((tmp_path / "last" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_rounds_what_was_proved(dtype, models, tmp_path):
+    report = secateur.shrink(models / "llama", tmp_path / "out", neurons=0.5, layers=[1], dtype=dtype, **COMMON)
+    from safetensors.torch import load_file
+
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert {str(tensor.dtype) for tensor in load_file(file).values()} == {f"torch.{dtype}"}
+    assert report["config"]["dtype"] == ["float32", dtype]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_a_bias_stays_as_it_is_without_compensation(criterion, tmp_path):
+    save_tiny(tmp_path / "model", "gpt2")
+    secateur.shrink(tmp_path / "model", tmp_path / "out", neurons=0.5, criterion=criterion, compensate=False, **COMMON)
+    before, after = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "out")
+    assert torch.equal(before["transformer.h.0.mlp.c_proj.bias"], after["transformer.h.0.mlp.c_proj.bias"])
 
 
 def test_shards_and_dtypes_stay_as_they_were(tmp_path):

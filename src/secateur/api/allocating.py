@@ -20,7 +20,7 @@ from ..pipeline.prune import prune_checkpoint
 from ..progress import Progress
 from ..pruning import parse_pattern
 from ..pruning.allocation import allocate_by_sensitivity, default_target
-from ..report.terminal.progress import terminal_progress
+from ..reporting.terminal.progress import terminal_progress
 from .places import DEFAULT_TEXT, opened, output_path
 
 

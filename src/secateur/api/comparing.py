@@ -20,8 +20,8 @@ from ..pipeline.machine import processor, software
 from ..pipeline.machine import threads as using_threads
 from ..pipeline.plan import Request
 from ..progress import Progress
-from ..report.markdown.comparison import comparison_markdown
-from ..report.terminal.progress import terminal_progress
+from ..reporting.markdown.comparison import comparison_markdown
+from ..reporting.terminal.progress import terminal_progress
 from .measuring import task_options
 from .places import DEFAULT_TEXT, command_line, note_evaluation, output_path
 
@@ -152,8 +152,8 @@ def report(model: str | Path, *, output: str | Path = "report.html") -> Path:
     Raises:
         SecateurError: one line that says what, where, and what to do.
     """
-    from ..report.page.records import load_records
-    from ..report.page.render import is_page, render_page
+    from ..reporting.page.records import load_records
+    from ..reporting.page.render import is_page, render_page
 
     target = output_path(output)
     if target.is_dir():

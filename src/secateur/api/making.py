@@ -21,7 +21,7 @@ from ..pipeline.plan import Request
 from ..pipeline.prune import prune_checkpoint
 from ..progress import Progress
 from ..pruning import Method
-from ..report.terminal.progress import terminal_progress
+from ..reporting.terminal.progress import terminal_progress
 from .places import measured_on, output_path, write_card
 from .searching import search_path, sought
 

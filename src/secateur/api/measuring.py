@@ -25,7 +25,7 @@ from ..models.source import load_tokenizer, locate
 from ..pipeline.calibration import evaluation_windows
 from ..pipeline.machine import choose_device
 from ..progress import Progress
-from ..report.terminal.progress import terminal_progress
+from ..reporting.terminal.progress import terminal_progress
 from .places import DEFAULT_TEXT, note_evaluation, opened
 
 

@@ -23,7 +23,7 @@ from ..pipeline.files import write_text
 from ..pipeline.machine import choose_device
 from ..pipeline.prune import Evaluate
 from ..progress import Progress
-from ..report.markdown.card import model_card, refresh_card
+from ..reporting.markdown.card import model_card, refresh_card
 
 log = logging.getLogger("secateur")
 

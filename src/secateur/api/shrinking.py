@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import Progress
-from ..report.terminal.progress import terminal_progress
+from ..reporting.terminal.progress import terminal_progress
 from ..shrinking.request import ShrinkRequest
 from ..shrinking.shrink import shrink_checkpoint
 from .places import measured_on, output_path, write_card

@@ -86,7 +86,7 @@ def prune(
 ) -> None:
     """Prune a model into a new checkpoint, block by block, without retraining."""
     from .. import api
-    from ..report.terminal.tables import plan_table, prune_table
+    from ..reporting.terminal.tables import plan_table, prune_table
 
     result = api.prune(
         model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
@@ -115,7 +115,7 @@ def pack(
 ) -> None:
     """Pack a pruned checkpoint: smaller on disk and in memory, and it opens with from_pretrained."""
     from .. import api
-    from ..report.terminal.tables import packing_table
+    from ..reporting.terminal.tables import packing_table
 
     report = api.pack(
         model, output, format=format, values=values, overwrite=overwrite, resume=resume,
@@ -134,7 +134,7 @@ def unpack(
 ) -> None:
     """Write a packed checkpoint dense again, as any other tool reads it."""
     from .. import api
-    from ..report.terminal.tables import packing_table
+    from ..reporting.terminal.tables import packing_table
 
     report = api.unpack(
         model, output, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=screen.progress()

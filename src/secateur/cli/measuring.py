@@ -54,7 +54,7 @@ def evaluate(
 ) -> None:
     """Measure a model: perplexity, zero-shot tasks, and how far it is from the dense one."""
     from .. import api
-    from ..report.terminal.evidence import evaluation_table
+    from ..reporting.terminal.evidence import evaluation_table
 
     found = api.evaluate(
         model, text=text, seqlen=seqlen, windows=windows, against=against, tasks=words(tasks), task_data=task_data,
@@ -108,7 +108,7 @@ def compare(
 ) -> None:
     """Measure models dense and pruned in every combination; what is measured is never measured twice."""
     from .. import api
-    from ..report.terminal.evidence import comparison_table
+    from ..reporting.terminal.evidence import comparison_table
 
     found = api.compare(
         models, methods=words(methods), sparsities=[fraction(word) for word in words(sparsities)],
@@ -126,7 +126,7 @@ def compare(
 def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: Json = False) -> None:
     """Show each matrix's shape, sparsity, pattern, format and bytes."""
     from .. import api
-    from ..report.terminal.tables import inspection_table
+    from ..reporting.terminal.tables import inspection_table
 
     found = api.inspect(model, trust_remote_code=trust_remote_code, progress=screen.progress())
     screen.show({"schema": 1, "model": model, **found}, lambda f: inspection_table(f["model"], f), as_json)
@@ -143,7 +143,7 @@ def generate(
 ) -> None:
     """Let a model go on with a text: a quick look with your own eyes."""
     from .. import api
-    from ..report.terminal.tables import generation_text
+    from ..reporting.terminal.tables import generation_text
 
     continuation = api.generate(model, prompt, tokens=tokens, device=device, trust_remote_code=trust_remote_code)
     found = {"schema": 1, "model": model, "prompt": prompt, "continuation": continuation}
@@ -175,7 +175,7 @@ def bench(
 ) -> None:
     """Measure bytes on disk, resident memory and tokens per second, of one model or of two in turn."""
     from .. import api
-    from ..report.terminal.tables import speed_table
+    from ..reporting.terminal.tables import speed_table
 
     found = api.bench(
         model, against=against, batch=numbers(batch), prompt=prompt, tokens=tokens, rounds=rounds, threads=threads,
@@ -235,7 +235,7 @@ def sensitivity(
 ) -> None:
     """Measure what pruning each block or kind of matrix alone costs, and allocate sparsity by it."""
     from .. import api
-    from ..report.terminal.sensitivity import sensitivity_table
+    from ..reporting.terminal.sensitivity import sensitivity_table
 
     found = api.sensitivity(
         model, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..report.page.wording import tidy
+from ..reporting.page.wording import tidy
 
 
 def listen(level: int) -> None:
@@ -44,7 +44,7 @@ def note(text: str) -> None:
 
 def progress() -> Any:
     """The progress that fits stderr, and -q."""
-    from ..report.terminal.progress import terminal_progress
+    from ..reporting.terminal.progress import terminal_progress
 
     return terminal_progress(quiet=not logging.getLogger("secateur").isEnabledFor(logging.INFO))
 

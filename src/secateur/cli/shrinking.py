@@ -77,7 +77,7 @@ def shrink(
 ) -> None:
     """Remove neurons, heads, experts or blocks: a smaller dense model that every engine runs."""
     from .. import api
-    from ..report.terminal.shrinking import outlook_table, shrink_table
+    from ..reporting.terminal.shrinking import outlook_table, shrink_table
 
     report = api.shrink(
         model, output, neurons=neurons, heads=heads, layers=layers, experts=experts, target=target, of=words(of),

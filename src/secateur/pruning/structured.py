@@ -87,7 +87,7 @@ def obs(
     """Remove the groups whose removal costs least once all other columns have made up for it, a few at a time.
 
     Removing columns S costs tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ) with H = G + damping * mean(diag G) * I; the others then change by
-    - W_S (H⁻¹_SS)⁻¹ H⁻¹_S,: and H⁻¹ loses its part in S. Hassibi & Stork 1992 for one weight; for groups Frantar et al.
+    - W_S (H⁻¹_SS)⁻¹ H⁻¹_S,: and H⁻¹ loses its part in S. Hassibi & Stork 1992 for one weight; for groups Kurtic et al.
     2023 (ZipLM, eq. 2 to 4), https://arxiv.org/abs/2302.04089, who remove one group at a time where this removes 1/16
     of them.
 

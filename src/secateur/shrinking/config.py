@@ -7,7 +7,7 @@ is found out by making that model, without weights, and looking at its shapes (`
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ def rounded(width: int, fraction: float, multiple: int, name: str) -> int:
     )
 
 
-def changes(old: Config, new: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+def changes(old: Config, new: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return what differs: name -> former and new value."""
-    found = {name: (old.text.get(name, old.get(name)), value) for name, value in new.items()}
+    found = {name: [old.text.get(name, old.get(name)), value] for name, value in new.items()}
     return {name: pair for name, pair in found.items() if pair[0] != pair[1]}

@@ -57,12 +57,12 @@ def prove_cut(
         All new tensors of the smaller block by their names on disk.
     """
     resized = cut_block(host, block, small, index, kept, geometry)
-    new = host.on_disk({n: t.to(host.dtype_on_disk(n)) for n, t in resized.items()}, resized=True)
-    tensors = {**written, **new}
+    new = host.on_disk(resized, resized=True)
     gone = {name for parameter in resized for name in host.names_of[parameter]} - new.keys()
     small.names[index] = [name for name in host.names[index] if name not in gone]
-    prove(host, block, index, small, index, tensors, readers_of(host, index, list(kept.groups)))
-    return tensors
+    prove(host, block, index, small, index, {**written, **new}, readers_of(host, index, list(kept.groups)))
+    rounded = host.on_disk({n: t.to(host.dtype_on_disk(n)) for n, t in resized.items()}, resized=True)
+    return {**written, **rounded}
 
 
 def cut_all(

@@ -112,13 +112,18 @@ def greedy(
     trials, gone = Trials(host, rows), list(removed)
     while len(gone) < count:
         free = [unit for unit in units if not set(unit) & set(gone)]
-        tried = [Trial("", 0, _without(gone)), *(Trial(str(u), u[0], _without([*gone, *u])) for u in free)]
+        tried = [Trial("", 0, _without(gone)), *(Trial(_named(u), u[0], _without([*gone, *u])) for u in free)]
         distances = trials.distances(tried, progress)[1:]
         best = min(range(len(free)), key=distances.__getitem__)
         gone += free[best]
         log.info("without block %s: KL %.4f", ", ".join(map(str, sorted(gone))), distances[best])
-        note({"removed": gone, "kl": distances[best], "tried": dict(zip(map(str, free), distances, strict=True))})
+        note({"removed": gone, "kl": distances[best], "tried": dict(zip(map(_named, free), distances, strict=True))})
     return sorted(gone)
+
+
+def _named(unit: Sequence[int]) -> str:
+    """``3``, or ``3-5`` for a run of blocks."""
+    return str(unit[0]) if len(unit) == 1 else f"{unit[0]}-{unit[-1]}"
 
 
 def _without(removed: Collection[int]) -> Callable[[int, nn.Module], Any]:

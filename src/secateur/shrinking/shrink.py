@@ -119,7 +119,11 @@ def _run(
 
 def facts(shrinking: Shrinking, run: RunDirectory, target: Path) -> dict[str, Any]:
     """What a report says of the model that was made."""
-    steps = {line["step"]: line for line in run.journal if "step" in line}
+    steps: dict[str, dict[str, Any]] = {}
+    for line in run.journal:  # of several rounds the last, with the time of all
+        if "step" in line:
+            spent = steps.get(line["step"], {}).get("seconds", 0.0) + line["seconds"]
+            steps[line["step"]] = {k: v for k, v in line.items() if k != "boot"} | {"seconds": spent}
     config = json.loads((target / "config.json").read_text())
     removed = shrinking.layers if isinstance(shrinking.layers, list) else steps.get("layers", {}).get("removed", [])
     return {
@@ -132,7 +136,7 @@ def facts(shrinking: Shrinking, run: RunDirectory, target: Path) -> dict[str, An
         },
         "removed_layers": sorted(removed),
         "kept_experts": steps.get("experts", {}).get("kept"),
-        "steps": [{key: value for key, value in step.items() if key != "boot"} for step in steps.values()],
+        "steps": list(steps.values()),
         "blocks": [{key: block[key] for key in ("block", "seconds", "output_error")} for block in run.blocks],
         "matrices": [
             {**{key: m[key] for key in ("name", "shape", "target", "output_error", "tokens")}, "block": b["block"]}

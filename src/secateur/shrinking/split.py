@@ -39,7 +39,7 @@ class Share:
     neurons: float | None
 
     def __str__(self) -> str:
-        words = [f"{self.heads} groups of heads left"] if self.heads is not None else []
+        words = [f"{self.heads} group{'s' * (self.heads > 1)} of heads left"] if self.heads is not None else []
         words += [f"{self.neurons:.1%} of the neurons removed"] if self.neurons else []
         return " and ".join(words) or "nothing removed"
 

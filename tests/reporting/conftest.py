@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from report_data import Json, a_comparison, a_pruning, a_shrinking, evaluations, save_every_kind
-from secateur.report.page.records import load_records
-from secateur.report.page.render import render_page
+from secateur.reporting.page.records import load_records
+from secateur.reporting.page.render import render_page
 
 
 @pytest.fixture

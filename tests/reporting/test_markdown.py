@@ -6,10 +6,10 @@ import doctest
 import pytest
 from markdown_it import MarkdownIt
 
-from secateur.report.markdown import text as text_module
-from secateur.report.markdown.comparison import comparison_markdown
-from secateur.report.markdown.evaluation import evaluation_markdown
-from secateur.report.markdown.text import (
+from secateur.reporting.markdown import text as text_module
+from secateur.reporting.markdown.comparison import comparison_markdown
+from secateur.reporting.markdown.evaluation import evaluation_markdown
+from secateur.reporting.markdown.text import (
     markdown_code,
     markdown_fence,
     markdown_table,

@@ -13,10 +13,10 @@ from report_data import HOSTILE_NAMES, a_shrinking, packed_report
 from secateur.api import evaluate, pack, prune, shrink, unpack
 from secateur.cli import main
 from secateur.pruning.structured import CRITERIA
-from secateur.report import removed
-from secateur.report.commands import making_command, shrink_command
-from secateur.report.markdown.card import CARD, model_card, refresh_card
-from secateur.report.markdown.papers import CRITERIA_PAPERS, DEPTH_PAPERS, REAP
+from secateur.reporting import removed
+from secateur.reporting.commands import making_command, shrink_command
+from secateur.reporting.markdown.card import CARD, model_card, refresh_card
+from secateur.reporting.markdown.papers import CRITERIA_PAPERS, DEPTH_PAPERS, REAP
 from secateur.shrinking import depth
 from secateur.shrinking.request import ShrinkRequest
 from tiny import rows

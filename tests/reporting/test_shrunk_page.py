@@ -11,8 +11,8 @@ from html_pages import Node, Tree, cards, page_of, table
 from report_data import Json, packed_report, save_output, save_run
 from secateur.api import report, shrink
 from secateur.errors import DataError
-from secateur.report.page.records import load_records
-from secateur.report.page.render import render_page
+from secateur.reporting.page.records import load_records
+from secateur.reporting.page.render import render_page
 from tiny import rows
 
 

@@ -17,13 +17,13 @@ import pytest
 
 from html_pages import Node, Tree, cards, page_of, table
 from report_data import HOSTILE, Json, packed_report, poisoned, row, save_output, save_run
-from secateur.report.commands import making_command
-from secateur.report.page.blocks import by_kind
-from secateur.report.page.charts import heat_levels, kind_labels
-from secateur.report.page.pictures import HEAT, log_ticks
-from secateur.report.page.records import Records, load_records
-from secateur.report.page.render import render_page
-from secateur.report.page.wording import tidy
+from secateur.reporting.commands import making_command
+from secateur.reporting.page.blocks import by_kind
+from secateur.reporting.page.charts import heat_levels, kind_labels
+from secateur.reporting.page.pictures import HEAT, log_ticks
+from secateur.reporting.page.records import Records, load_records
+from secateur.reporting.page.render import render_page
+from secateur.reporting.page.wording import tidy
 
 Html = Callable[[str], str]
 
@@ -332,5 +332,5 @@ def test_tidying_twice_is_tidying_once() -> None:
 
 @pytest.mark.parametrize("name", ["wording", "pictures", "blocks", "plots"])
 def test_examples(name: str) -> None:
-    found = doctest.testmod(importlib.import_module(f"secateur.report.page.{name}"))
+    found = doctest.testmod(importlib.import_module(f"secateur.reporting.page.{name}"))
     assert found.attempted and not found.failed

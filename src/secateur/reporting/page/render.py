@@ -47,7 +47,7 @@ def render_page(records: Records) -> str:
         page = shrunk_page(records) if is_shrunk(records.report) else model_page(records)
     sections = [section for section in page.sections if not section.empty]
     environment = Environment(
-        loader=PackageLoader("secateur", "report/page"),
+        loader=PackageLoader("secateur", "reporting/page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

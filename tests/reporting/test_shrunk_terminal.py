@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from report_data import a_shrinking
-from secateur.report.terminal.shrinking import outlook_table, shrink_table
+from secateur.reporting.terminal.shrinking import outlook_table, shrink_table
 
 
 def changed(**changes):

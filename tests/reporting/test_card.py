@@ -14,16 +14,16 @@ from report_data import HOSTILE_NAMES
 from secateur.errors import OutputError
 from secateur.pipeline.plan import Request
 from secateur.pruning import METHODS
-from secateur.report.commands import prune_command
-from secateur.report.markdown.card import (
+from secateur.reporting.commands import prune_command
+from secateur.reporting.markdown.card import (
     BEGIN,
     CARD,
     END,
     model_card,
     refresh_card,
 )
-from secateur.report.markdown.metadata import front_matter, hub_id
-from secateur.report.markdown.papers import PAPERS
+from secateur.reporting.markdown.metadata import front_matter, hub_id
+from secateur.reporting.markdown.papers import PAPERS
 from tiny import TEXT
 
 SOFTWARE = {"secateur": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "machine": "Linux x86_64"}

@@ -75,7 +75,7 @@ def load_records(path: Path) -> Records:
     if not path.exists():
         raise OutputError(f"{path}: no such file or directory")
     raise OutputError(
-        f"{path}: Secateur did not write it; give the OUTPUT of prune or pack, a run directory, or a comparison"
+        f"{path}: Secateur did not write it; give the OUTPUT of prune, shrink or pack, a run directory, or a comparison"
     )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from report_data import Json
-from secateur.report.page.records import Records
-from secateur.report.page.render import render_page
+from secateur.reporting.page.records import Records
+from secateur.reporting.page.render import render_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")

@@ -10,7 +10,7 @@ from report_data import Json, packed_report, save_output, save_run
 from secateur.errors import DataError, OutputError
 from secateur.evaluation.records import EVALUATIONS as WRITTEN_EVALUATIONS
 from secateur.pipeline.run_directory import REPORT as WRITTEN_REPORT
-from secateur.report.page.records import EVALUATIONS, REPORT, load_records
+from secateur.reporting.page.records import EVALUATIONS, REPORT, load_records
 
 
 def test_the_files_are_those_that_are_written() -> None:
@@ -133,7 +133,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def test_any_value_of_another_type_makes_a_page_or_an_error_of_one_line(
     tmp_path: Path, pruned: Json, shrunk: Json, lines: list[Json], wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur.report.page import charts, render
+    from secateur.reporting.page import charts, render
 
     monkeypatch.setattr(charts, "draw", lambda *_, **__: "")  # slow, and of no account here
     out = save_output(tmp_path / "out", pruned, lines)
