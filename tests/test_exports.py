@@ -4,8 +4,11 @@ import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import secateur
 
 
 def exported(module: str) -> list[str]:
@@ -49,3 +52,9 @@ def test_importing_secateur_loads_no_heavy_library() -> None:
     code = "import sys, secateur; print(*sorted({'numpy', 'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_no_part_of_the_package_takes_the_name_of_a_function() -> None:
+    """Importing a submodule binds its name in the package, in place of what is exported under it."""
+    parts = {path.stem for path in Path(secateur.__file__).parent.iterdir()}
+    assert parts & set(secateur.__all__) == {"pruning"}  # which is exported itself
