@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError, OptionError, OutputError, unwritable
+from ..errors import ModelError, OptionError
 from ..models.checkpoint import Checkpoint
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost, block_matrices
@@ -21,7 +21,7 @@ from .files import check_room, write_text
 from .machine import software
 from .output import SCHEMA, Describe, check_output, write_checkpoint
 from .plan import check_format
-from .run_directory import REPORT, RunDirectory, finished_result, report_of
+from .run_directory import REPORT, RunDirectory, finished_result, report_of, run_of
 
 Work = Callable[[RunDirectory, Checkpoint], list[Any]]
 
@@ -112,14 +112,11 @@ def _rewrite(
 ) -> dict[str, Any]:
     path = locate(model, trust_remote_code)
     check_output(output, path, overwrite)
-    if output.is_symlink():  # the result goes where it leads
-        output = output.resolve()
-    run = RunDirectory(output, resume)
-    try:
+    with run_of(output, resume) as run:
         source = open_checkpoint(as_checkpoint(path, run.path), trust_remote_code)
         files = source.files if path.is_dir() else [path]
         plan = {**what, "model": {"name": model, "digest": digest(files)}, "software": software()}
-        finished = None if overwrite else finished_result(output, plan)
+        finished = None if overwrite else finished_result(run.output, plan)
         if finished is not None:
             run.forget()
             return finished
@@ -138,10 +135,6 @@ def _rewrite(
             describe(target, source.directory)
         run.install()
         return report
-    except OSError as error:
-        raise OutputError(f"{error.filename or run.path}: {unwritable(error)}") from error
-    finally:
-        run.close()
 
 
 def _report(

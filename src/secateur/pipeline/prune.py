@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, unwritable
 from ..models.checkpoint import Checkpoint
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
@@ -28,7 +27,7 @@ from .machine import choose_device, peak_memory_bytes, threads
 from .output import Describe, check_output, make_report, write_checkpoint
 from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
-from .run_directory import REPORT, RunDirectory, finished_result
+from .run_directory import REPORT, RunDirectory, finished_result, run_of
 from .self_text import tokens_for
 from .stream import Stream
 
@@ -70,27 +69,19 @@ def prune_checkpoint(
     request.check()
     path = locate(model, request.trust_remote_code)
     check_output(output, path, overwrite)
-    if output.is_symlink():  # the result goes where it leads
-        output = output.resolve()
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch, threads(request.threads):
             host, tokens, plan, _ = _prepare(model, path, Path(scratch), request, progress, tokenizer)
             return {**plan.record, **estimate(plan, host, tokens)}
-    run = RunDirectory(output, resume)
-    try:
-        with threads(request.threads):
-            host, tokens, plan, source = _prepare(model, path, run.path, request, progress, tokenizer)
-            finished = None if overwrite else finished_result(output, plan.record)
-            if finished is not None:
-                run.forget()
-                return finished
-            run.begin(plan.record)
-            announce(plan)
-            return _run(run, host, source, tokens, plan, path, progress, evaluate, describe)
-    except OSError as error:
-        raise OutputError(f"{error.filename or run.path}: {unwritable(error)}") from error
-    finally:
-        run.close()
+    with run_of(output, resume) as run, threads(request.threads):
+        host, tokens, plan, source = _prepare(model, path, run.path, request, progress, tokenizer)
+        finished = None if overwrite else finished_result(run.output, plan.record)
+        if finished is not None:
+            run.forget()
+            return finished
+        run.begin(plan.record)
+        announce(plan)
+        return _run(run, host, source, tokens, plan, path, progress, evaluate, describe)
 
 
 def _prepare(

@@ -21,8 +21,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,22 @@ class RunDirectory:
                 self.release()
             else:
                 self.forget()
+
+
+@contextmanager
+def run_of(output: Path, resume: bool = True) -> Iterator[RunDirectory]:
+    """Open the run directory of an output for a while; where the output is a link, that of where it leads.
+
+    Raises:
+        OutputError: the disk refuses, or another process works on this output.
+    """
+    run = RunDirectory(output.resolve() if output.is_symlink() else output, resume)
+    try:
+        yield run
+    except OSError as error:
+        raise OutputError(f"{error.filename or run.path}: {unwritable(error)}") from error
+    finally:
+        run.close()
 
 
 def run_path(output: Path) -> Path:

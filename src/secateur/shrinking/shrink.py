@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, unwritable
 from ..models.checkpoint import Checkpoint
 from ..models.hosts import DiskHost
 from ..models.source import locate
@@ -23,7 +22,7 @@ from ..pipeline.files import check_room, write_text
 from ..pipeline.machine import peak_memory_bytes, threads
 from ..pipeline.output import SCHEMA, Describe, check_output, write_checkpoint
 from ..pipeline.prune import Evaluate, evaluated, file_bytes
-from ..pipeline.run_directory import REPORT, RunDirectory, finished_result
+from ..pipeline.run_directory import REPORT, RunDirectory, finished_result, run_of
 from ..progress import Progress
 from .config import changes
 from .request import ShrinkRequest
@@ -63,26 +62,18 @@ def shrink_checkpoint(
     request.check()
     path = locate(model, request.trust_remote_code)
     check_output(output, path, overwrite)
-    if output.is_symlink():  # the result goes where it leads
-        output = output.resolve()
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch, threads(request.threads):
             shrinking = Shrinking.prepared(model, path, Path(scratch), request, progress, tokenizer)
             return {**shrinking.plan, **shrinking.foreseen(Path(scratch))}
-    run = RunDirectory(output, resume)
-    try:
-        with threads(request.threads):
-            shrinking = Shrinking.prepared(model, path, run.path, request, progress, tokenizer)
-            finished = None if overwrite else finished_result(output, shrinking.plan)
-            if finished is not None:
-                run.forget()
-                return finished
-            run.begin(shrinking.plan)
-            return _run(run, shrinking, path, evaluate, describe)
-    except OSError as error:
-        raise OutputError(f"{error.filename or run.path}: {unwritable(error)}") from error
-    finally:
-        run.close()
+    with run_of(output, resume) as run, threads(request.threads):
+        shrinking = Shrinking.prepared(model, path, run.path, request, progress, tokenizer)
+        finished = None if overwrite else finished_result(run.output, shrinking.plan)
+        if finished is not None:
+            run.forget()
+            return finished
+        run.begin(shrinking.plan)
+        return _run(run, shrinking, path, evaluate, describe)
 
 
 def _run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +102,23 @@ def best_share(
     Returns:
         The share, and KL(model || trial) in nats per token by share.
     """
+    jobs = _possible(host, candidates, multiple, method, folder)
+    trials = Trials(host, rows)
+    stream = Stream(host, [row for ids in trials.batches for row in ids], folder) if method.needs else None
+    tried = _Tried(host, method, jobs, stream)
+    distances = trials.distances([tried.trial(share) for share in jobs], progress, tried.visit)
+    found = dict(zip(jobs, distances, strict=True))
+    for share, distance in found.items():
+        log.info("%s: KL %.4f", share, distance)
+    return min(found, key=found.__getitem__), {str(share): distance for share, distance in found.items()}
+
+
+def _possible(
+    host: DiskHost, candidates: Sequence[Share], multiple: int, method: Method, folder: Path
+) -> dict[Share, Job]:
+    """What the pruning loop would do for each share that can be taken."""
     config = Config(host.checkpoint.directory, host.model.config)
-    possible: dict[Share, Job] = {}
+    found: dict[Share, Job] = {}
     for share in candidates:
         try:
             narrowing = Narrowing(host, values_of(config, share, widths_of(host), multiple), folder / "config")
@@ -112,44 +127,47 @@ def best_share(
             log.info("%s: not possible (%s)", share, error)
             reason = error
             continue
-        possible[share] = narrowing.job(method, "dense")
-    if not possible:
+        found[share] = narrowing.job(method, "dense")
+    if not found:
         raise reason
-    trials = Trials(host, rows)
-    stream = Stream(host, [row for ids in trials.batches for row in ids], folder) if method.needs else None
-    observer = Observer({}, method.needs)
+    return found
 
-    def visit(index: int, block: nn.Module) -> None:
-        nonlocal observer
+
+class _Tried:
+    """Shares as trials: each prunes a resident block by the statistics of the whole model, for a while."""
+
+    def __init__(self, host: DiskHost, method: Method, jobs: Mapping[Share, Job], stream: Stream | None) -> None:
+        self.host, self.jobs, self.stream = host, jobs, stream
+        self.observer = Observer({}, method.needs)
+
+    def visit(self, index: int, block: nn.Module) -> None:
+        """Observe a block's inputs."""
         chosen: dict[str, Matrix] = {}
-        for job in possible.values():
-            chosen |= job.chosen(host, index)
-        observer = Observer(chosen, method.needs)
-        if stream:
-            for _ in at_once(stream, index, block, observer, Silent()):
+        for job in self.jobs.values():
+            chosen |= job.chosen(self.host, index)
+        self.observer = Observer(chosen, self.observer.needs)
+        if self.stream:
+            for _ in at_once(self.stream, index, block, self.observer, Silent()):
                 pass
 
-    def trial(share: Share, job: Job) -> Trial:
+    def trial(self, share: Share) -> Trial:
+        """The model from which a share is taken."""
+        job = self.jobs[share]
+
         @contextmanager
         def change(index: int, block: nn.Module) -> Iterator[bool]:
-            chosen = job.chosen(host, index)
+            chosen = job.chosen(self.host, index)
             touched = {id(p): p for m in chosen.values() for p in (m.weight, m.bias and m.bias[1]) if p is not None}
             former = [(parameter, parameter.detach().clone()) for parameter in touched.values()]
             try:
                 for matrix in chosen.values():
-                    prune_matrix(lambda matrix, W_OI: W_OI, matrix, job, observer)
+                    prune_matrix(lambda matrix, W_OI: W_OI, matrix, job, self.observer)
                 yield True
             finally:
                 for parameter, weights in former:
                     parameter.data.copy_(weights)
 
         return Trial(str(share), 0, change)
-
-    distances = trials.distances([trial(share, job) for share, job in possible.items()], progress, visit)
-    found = dict(zip(possible, distances, strict=True))
-    for share, distance in found.items():
-        log.info("%s: KL %.4f", share, distance)
-    return min(found, key=found.__getitem__), {str(share): distance for share, distance in found.items()}
 
 
 def widths_of(host: DiskHost) -> list[int]:
