@@ -157,7 +157,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {**_S, **_LOCAL},
     "qwen2_moe": {**_S, **_EXPERTS, **_SHARED, "mlp_only_layers": [0]},
     "qwen3_moe": {**_H, **_EXPERTS, "mlp_only_layers": [0]},
-    "gpt_oss": {**_H, **_LOCAL, **_SLIDING},
+    "gpt_oss": {**_H, **_LOCAL, **_SLIDING, "intermediate_size": 24},
     "phimoe": {**_S, **_LOCAL},
     "olmoe": {**_S, **_NARROW},
     "flex_olmo": {**_S, **_NARROW},

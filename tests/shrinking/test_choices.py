@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 import secateur
+from families import FAMILIES
 from secateur.errors import OptionError
 from secateur.models.anatomy import find_blocks
 from secateur.progress import Silent
@@ -14,7 +15,7 @@ from secateur.shrinking.config import Config, rounded
 from secateur.shrinking.depth import check_layers, least_influential, units
 from shrunken import without_blocks
 from test_families import family_model
-from tiny import rows, save_tiny
+from tiny import edit_json, rows, save_tiny, tensors_of
 
 ROWS = rows(6, 24)
 COMMON = {"round": 8, "calibration": ROWS, "progress": Silent()}
@@ -182,6 +183,44 @@ def test_where_kinds_repeat_whole_periods_go(tmp_path):
     report = secateur.shrink(directory, tmp_path / "out", layers=6, **COMMON)
     assert len(report["removed_layers"]) == 6
     assert report["config"]["layer_types"][1] == config.get("layer_types")[:6]
+
+
+def test_a_target_of_layers_is_whole_periods(tmp_path):
+    directory, _ = periodic(tmp_path, count=8)
+    report = secateur.shrink(directory, tmp_path / "out", target=0.3, of="layers", depth="influence", **COMMON)
+    assert len(report["removed_layers"]) == 3
+    with pytest.raises(OptionError, match=r"target 0.1: is 0 of 8 blocks, .* multiples of 3; .* fraction is 0.375"):
+        secateur.shrink(directory, tmp_path / "out", target=0.1, of="layers", overwrite=True, **COMMON)
+
+
+def test_kinds_that_no_list_tells_repeat_too(tmp_path):
+    """Every second block of this model is a mixture, by a rule of its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rule = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": []}
+    config = AutoConfig.for_model("qwen2_moe", **{**FAMILIES["qwen2_moe"], **rule})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    report = secateur.shrink(tmp_path / "model", tmp_path / "out", layers=2, **COMMON)
+    first, second = report["removed_layers"]
+    assert second == first + 1
+    with pytest.raises(OptionError, match="layers 1: kinds of blocks repeat after 2"):
+        secateur.shrink(tmp_path / "model", tmp_path / "b", layers=1, **COMMON)
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(tmp_path):
+    """They lie beyond the last block, are not run by transformers, and would keep their old shapes."""
+    from safetensors.torch import load_file, save_file
+
+    family_model("glm4_moe").save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    more = {name.replace("layers.2.", "layers.3."): t.clone() for name, t in tensors.items() if "layers.2." in name}
+    save_file(tensors | more, path, {"format": "pt"})
+    edit_json(tmp_path / "model" / "config.json", num_nextn_predict_layers=1)
+    for number, options in enumerate(({"neurons": 0.5}, {"experts": 0.25}, {"layers": 1})):
+        report = secateur.shrink(tmp_path / "model", tmp_path / str(number), **options, **COMMON)
+        assert report["config"]["num_nextn_predict_layers"] == [1, 0]
+        assert not any("layers.3." in name for name in tensors_of(tmp_path / str(number)))
 
 
 def test_units_with_the_least_influence_go():

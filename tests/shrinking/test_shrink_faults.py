@@ -21,7 +21,7 @@ COMMON = {"round": 8, "calibration": rows(6, 24), "progress": Silent()}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for kind in ("llama", "mixtral", "mamba", "bloom", "deepseek_v3"):
+    for kind in ("llama", "mixtral", "mamba", "bloom", "deepseek_v3", "falcon", "gpt2"):
         family_model(kind).save_pretrained(folder / kind)
     return folder
 
@@ -40,6 +40,10 @@ REFUSED = [
     ("llama", {"layers": [1, 7]}, OptionError, "layers 7: the model has blocks 0 to 2"),
     ("llama", {"layers": "0,1,2"}, OptionError, "layers: all 3 would go; leave one at least"),
     ("llama", {"layers": "1,x"}, OptionError, "layers '1,x': a number of layers, or a list of their numbers"),
+    ("llama", {"layers": []}, OptionError, r"layers \[\]: a number of layers, or a list"),
+    ("llama", {"neurons": "0.5"}, OptionError, "neurons '0.5': a fraction that goes"),
+    ("gpt2", {"target": 0.2, "of": "heads"}, ModelError, "heads: gpt2 makes its heads as wide"),
+    ("bloom", {"target": 0.3}, ModelError, "bloom: "),
     ("llama", {"layers": ""}, OptionError, "layers '': a number of layers"),
     ("llama", {"experts": 0.5}, ModelError, "llama: its config tells no number of experts"),
     ("mixtral", {"experts": 0.75}, OptionError, "experts 0.75: leaves 1 of 4, and each token takes 2; 0.5 is the most"),
@@ -128,13 +132,14 @@ RUNS = {
     "target": ("llama", {"target": 0.3}),
     "layers": ("llama", {"layers": 2, "neurons": 0.5}),
     "experts": ("mixtral", {"experts": 0.25, "neurons": 0.5}),
+    "tuples": ("falcon", {"layers": 1, "neurons": 0.5}),  # whose blocks return more than their hidden state
 }
 STOPS = [
     ("width", "proving the cut", 1), ("width", "pruning", 2), ("width", "pruning", 3), ("width", "cutting", 2),
     ("width", "writing", 5), ("block", "pruning", 4), ("target", "trying out", 2), ("target", "pruning", 2),
     ("layers", "trying out", 2), ("layers", "trying out", 5), ("layers", "proving the cut", 1),
     ("layers", "pruning", 1), ("experts", "observing experts", 2), ("experts", "cutting", 2),
-    ("experts", "pruning", 2), ("experts", "cutting", 5),
+    ("experts", "pruning", 2), ("experts", "cutting", 5), ("tuples", "pruning", 2), ("tuples", "cutting", 1),
 ]  # fmt: skip
 
 

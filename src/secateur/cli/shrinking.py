@@ -23,7 +23,9 @@ def shrink(
     heads: Annotated[float | None, _part("Of the attention heads that goes, in groups with the same keys.")] = None,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="N|LIST", help="How many blocks go, or which: 3,5.", show_default="none"),
+        typer.Option(
+            metavar="N|LIST", help="How many blocks go, or which: 3,5; a list of one is 3,", show_default="none"
+        ),
     ] = None,
     experts: Annotated[float | None, _part("Of the experts that goes.")] = None,
     target: Annotated[float | None, _part("Of the blocks' parameters that goes, from where --of says.")] = None,

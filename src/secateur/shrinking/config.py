@@ -7,7 +7,7 @@ is found out by making that model, without weights, and looking at its shapes (`
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ WIDTHS = (
     "ffn_hidden_size", "dff",
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+PREDICTORS = "num_nextn_predict_layers"
 CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")  # experts of one token
 # What says something of layers by their numbers: lists of them, and how many at the beginning.
 NUMBERS = ("mlp_only_layers", "attn_layer_indices", "moe_layers", "ple_layer_ids", "full_attn_idxs")
@@ -28,9 +29,9 @@ FIRST = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "n_de
 class Config:
     """A model's config.json, and what transformers makes of it."""
 
-    def __init__(self, directory: Path, parsed: Any) -> None:
-        """Take the file of a directory, and the `PretrainedConfig` that was read from it."""
-        self.parsed = parsed.get_text_config()
+    def __init__(self, directory: Path, parsed: Any, kinds: Sequence[object] = ()) -> None:
+        """Take the file of a directory, the `PretrainedConfig` that was read from it, and the kind of each block."""
+        self.parsed, self.kinds = parsed.get_text_config(), kinds
         self.text: dict[str, Any] = json.loads((directory / "config.json").read_text())
         self.text.pop("quantization_config", None)  # what was packed is written dense
 
@@ -55,6 +56,8 @@ class Config:
         """Return the file's contents with other values, by the names that the family gives them."""
         names = getattr(self.parsed, "attribute_map", {})
         new = dict(self.text)
+        if new.get(PREDICTORS):  # blocks that predict further tokens, which transformers does not run and nobody cut
+            new[PREDICTORS] = 0
         for name, value in values.items():
             own = names.get(name, name)
             for key in {name, own} & new.keys() or {own}:  # other engines read the key that the file has
@@ -154,6 +157,7 @@ class Config:
         Engines that do not read the list of kinds take the rule for granted, so it must hold afterwards.
         """
         lists = [v for name, v in self.parsed.to_dict().items() if name not in NUMBERS and self._of_each_layer(name, v)]
+        lists += [self.kinds] if self.kinds else []  # a rule such as "every second block is a mixture" is in no list
         kinds = [tuple(map(str, row)) for row in zip(*lists, strict=True)]
         for length in range(1, self.layers // 2 + 1):
             if all(kind == kinds[place % length] for place, kind in enumerate(kinds)):

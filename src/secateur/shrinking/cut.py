@@ -150,7 +150,7 @@ def _by_size(
 def _stays(
     name: str, old: int, new: int, couplings: Sequence[Coupling], kept: Kept, geometry: Geometry
 ) -> Tensor | None:
-    if kept.experts is not None and len(kept.experts) == new:
+    if kept.experts is not None and len(kept.experts) == new and old > max(kept.experts):
         return torch.tensor(kept.experts)
     for coupling in couplings:
         mark = kept.groups.get(coupling.readers[0].name)

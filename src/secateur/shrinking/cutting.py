@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from ..errors import NumericsError
 from ..models.checkpoint import Checkpoint
 from ..models.hosts import DiskHost
 from ..models.shards import Info, read_header, tensor_entry, write_safetensors
@@ -22,12 +24,15 @@ from .views import with_tensors
 Cut = Callable[[int, nn.Module], tuple[Kept, AbstractContextManager[None]]]
 
 
+def kinds_of_blocks(host: DiskHost) -> list[object]:
+    """The kind of each block: the names and shapes of its tensors."""
+    return [tuple((n, tuple(t.shape)) for n, t in block.state_dict().items()) for block in host.skeleton.real]
+
+
 def blocks_of_each_kind(host: DiskHost) -> list[int]:
-    """The first block of each kind: blocks of a kind have tensors of the same names and shapes."""
-    first: dict[object, int] = {}
-    for index, block in enumerate(host.skeleton.real):
-        first.setdefault(tuple((name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()), index)
-    return sorted(first.values())
+    """The first block of each kind."""
+    kinds = kinds_of_blocks(host)
+    return sorted({kind: index for index, kind in reversed(list(enumerate(kinds)))}.values())
 
 
 def try_out(host: DiskHost, small: DiskHost, geometry: Geometry, cut: Cut, index: int) -> None:
@@ -62,6 +67,9 @@ def prove_cut(
     small.names[index] = [name for name in host.names[index] if name not in gone]
     prove(host, block, index, small, index, {**written, **new}, readers_of(host, index, list(kept.groups)))
     rounded = host.on_disk({n: t.to(host.dtype_on_disk(n)) for n, t in resized.items()}, resized=True)
+    for name, tensor in rounded.items():
+        if not torch.isfinite(tensor).all():
+            raise NumericsError(f"{name}: does not fit {tensor.dtype}; use --dtype float32 or bfloat16")
     return {**written, **rounded}
 
 

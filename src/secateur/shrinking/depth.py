@@ -57,6 +57,23 @@ def check_layers(layers: int | Sequence[int], config: Config) -> None:
         )
 
 
+def share(target: float, config: Config) -> int:
+    """Return how many blocks a fraction of them is, as the nearest multiple of their period.
+
+    Raises:
+        OptionError: none, or all of them.
+    """
+    period, most = config.period, (config.layers - 1) // config.period * config.period
+    count = round(config.layers * target / period) * period
+    if 0 < count < config.layers:
+        return count
+    nearest = period if count == 0 else most
+    raise OptionError(
+        f"target {target:g}: is {count} of {config.layers} blocks, which go in multiples of {period}; "
+        f"the nearest legal fraction is {nearest / config.layers:.4g}"
+    )
+
+
 def influences(host: DiskHost, rows: Sequence[Tensor], progress: Progress) -> list[float]:
     """Return how much each block changes the hidden state: 1 less the mean cosine between its input and output.
 
@@ -68,7 +85,9 @@ def influences(host: DiskHost, rows: Sequence[Tensor], progress: Progress) -> li
     for index in range(len(host.skeleton.real)):
         with host.block(index) as block:
             after = trials.run(index, block, state)
-        cosines = torch.cat([cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(state, after, strict=True)])
+        cosines = torch.cat(
+            [cosine_similarity(a.float(), b.float(), dim=-1).flatten() for a, b in zip(state, after, strict=True)]
+        )
         found.append(1 - float(cosines.double().mean()))
         state = after
         progress.advance()
@@ -117,7 +136,13 @@ def greedy(
         best = min(range(len(free)), key=distances.__getitem__)
         gone += free[best]
         log.info("without block %s: KL %.4f", ", ".join(map(str, sorted(gone))), distances[best])
-        note({"removed": gone, "kl": distances[best], "tried": dict(zip(map(_named, free), distances, strict=True))})
+        note(
+            {
+                "removed": list(gone),
+                "kl": distances[best],
+                "tried": dict(zip(map(_named, free), distances, strict=True)),
+            }
+        )
     return sorted(gone)
 
 

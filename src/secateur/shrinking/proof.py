@@ -123,12 +123,16 @@ def silenced_experts(host: Host, block: nn.Module, index: int, small: Host, kept
         ModelError: what chooses the experts is not a linear layer.
     """
     theirs = small.skeleton.real[index].state_dict()
-    changed = {n: t for n, t in block.state_dict().items() if t.ndim <= 2 and t.shape != theirs[n].shape}
+    changed = {
+        name: tensor
+        for name, tensor in block.state_dict().items()
+        if tensor.shape != theirs[name].shape and not expert_keys(block.get_submodule(name.rpartition(".")[0]))
+    }
     weights = [name for name, tensor in changed.items() if tensor.ndim == 2]
     mixtures: list[Any] = [module for module in block.modules() if expert_keys(module)]
     count = max((module.num_experts for module in mixtures), default=0)
     for name, tensor in changed.items():
-        if len(tensor) != count:
+        if len(tensor) != count or tensor.ndim > 2:
             raise ModelError(f"{host.skeleton.path}.{index}.{name}: is not one row for each of {count} experts")
     gone = torch.tensor(sorted(set(range(count)) - set(kept)), dtype=torch.long)
     owners = {name: block.get_submodule(name.rpartition(".")[0]) for name in weights}

@@ -54,8 +54,9 @@ class ShrinkRequest:
             raise OptionError(f"target and {given[0]}: target decides alone how much goes; leave one of them out")
         for name in ("neurons", "heads", "experts", "target"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise OptionError(f"{name} {value:g}: a fraction that goes, between 0 and 1")
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1):
+                shown = f"{value:g}" if isinstance(value, (int, float)) else repr(value)
+                raise OptionError(f"{name} {shown}: a fraction that goes, between 0 and 1")
         if self.round < 1:
             raise OptionError(f"round {self.round}: at least 1")
         if not self.parts:
@@ -78,7 +79,7 @@ class ShrinkRequest:
     @property
     def parts(self) -> list[str]:
         """What `target` may take from."""
-        return [part.strip() for part in self.of.split(",")] if isinstance(self.of, str) else list(self.of)
+        return sorted(part.strip() for part in (self.of.split(",") if isinstance(self.of, str) else self.of))
 
     @property
     def method(self) -> Method:
@@ -93,14 +94,15 @@ class ShrinkRequest:
         """
         if self.layers is None or isinstance(self.layers, int):
             return self.layers
-        parts = self.layers.split(",") if isinstance(self.layers, str) else list(self.layers)
+        listed = not isinstance(self.layers, str) or "," in self.layers
+        parts = self.layers.removesuffix(",").split(",") if isinstance(self.layers, str) else self.layers
         try:
-            numbers = [int(part) for part in parts]
+            numbers = sorted({int(part) for part in parts})
         except (TypeError, ValueError):
-            raise OptionError(f"layers {self.layers!r}: a number of layers, or a list of their numbers (3,5)") from None
-        if isinstance(self.layers, str) and len(parts) == 1:
-            return numbers[0]
-        return sorted(set(numbers))
+            numbers = []
+        if not numbers:
+            raise OptionError(f"layers {self.layers!r}: a number of layers, or a list of their numbers (3,5 or 3,)")
+        return numbers if listed else numbers[0]
 
     @property
     def _finds_layers(self) -> bool:

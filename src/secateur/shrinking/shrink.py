@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..models.checkpoint import Checkpoint
-from ..models.hosts import DiskHost
 from ..models.source import locate
 from ..pipeline.files import check_room, write_text
 from ..pipeline.machine import peak_memory_bytes, threads
@@ -26,6 +25,7 @@ from ..pipeline.run_directory import REPORT, RunDirectory, finished_result, run_
 from ..progress import Progress
 from .config import changes
 from .request import ShrinkRequest
+from .split import block_parameters
 from .steps import Shrinking
 
 
@@ -65,6 +65,7 @@ def shrink_checkpoint(
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch, threads(request.threads):
             shrinking = Shrinking.prepared(model, path, Path(scratch), request, progress, tokenizer)
+            shrinking.check()
             return {**shrinking.plan, **shrinking.foreseen(Path(scratch))}
     with run_of(output, resume) as run, threads(request.threads):
         shrinking = Shrinking.prepared(model, path, run.path, request, progress, tokenizer)
@@ -83,6 +84,7 @@ def _run(
     source, progress = shrinking.source, shrinking.progress
     needed = 3 * source.bytes + shrinking.hidden_bytes
     check_room(run.path, 0 if run.journal else needed, "this run")
+    shrinking.check()
     if not run.begun:
         shrinking.foreseen(run.path)
     before = evaluated(run, shrinking.plan, "before", source.directory, evaluate)
@@ -140,8 +142,3 @@ def facts(shrinking: Shrinking, run: RunDirectory, target: Path) -> dict[str, An
 def seconds(run: RunDirectory) -> float:
     """What the work took, in all processes."""
     return float(sum(line["seconds"] for line in run.journal if "block" in line or "step" in line))
-
-
-def block_parameters(host: DiskHost) -> int:
-    """How many parameters a model's blocks hold."""
-    return sum(parameter.numel() for block in host.skeleton.real for parameter in block.parameters())

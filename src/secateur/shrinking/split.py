@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -44,6 +45,18 @@ class Share:
         return " and ".join(words) or "nothing removed"
 
 
+class Way(NamedTuple):
+    """What the pruning loop would do for a share, and how many parameters of blocks go, widths being rounded."""
+
+    job: Job
+    removed: int
+
+
+def block_parameters(host: DiskHost) -> int:
+    """How many parameters a model's blocks hold."""
+    return sum(parameter.numel() for block in host.skeleton.real for parameter in block.parameters())
+
+
 def shares(host: DiskHost, target: float, of: Sequence[str]) -> list[Share]:
     """Return the ways to take a fraction of the blocks' parameters from heads and neurons.
 
@@ -52,7 +65,7 @@ def shares(host: DiskHost, target: float, of: Sequence[str]) -> list[Share]:
     """
     config = Config(host.checkpoint.directory, host.model.config)
     blocks = [couplings_of(host, index) for index in range(len(host.skeleton.real))]
-    total = sum(p.numel() for block in host.skeleton.real for p in block.parameters())
+    total = block_parameters(host)
     weights = {k: sum(c.weights for block in blocks for c in of_kind(block, k)) for k in (NEURONS, HEADS)}
     wanted = target * total
     groups = config.heads[1] if HEADS in of and weights[HEADS] else 1
@@ -63,7 +76,9 @@ def shares(host: DiskHost, target: float, of: Sequence[str]) -> list[Share]:
         heads = left if left < groups else None
         if NEURONS in of and 0 < fraction < 1:
             found.append(Share(heads, fraction))
-        elif HEADS in of and heads is not None and abs(rest) <= weights[HEADS] / groups / 2:
+        if (
+            HEADS in of and heads is not None and abs(rest) <= weights[HEADS] / groups / 2
+        ):  # as near as heads alone come
             found.append(Share(heads, None))
     if not found:
         most = sum(weights[kind] for kind in of) / total
@@ -88,7 +103,9 @@ def best_share(
     folder: Path,
     progress: Progress,
 ) -> tuple[Share, dict[str, float]]:
-    """Try all shares out on a few rows, with the statistics of the whole model, and return the one that harms least.
+    """Try all shares out on a few rows, and return the one that harms least for each parameter that goes.
+
+    All of them with the statistics of the whole model.
 
     Args:
         host: the model.
@@ -102,32 +119,47 @@ def best_share(
     Returns:
         The share, and KL(model || trial) in nats per token by share.
     """
-    jobs = _possible(host, candidates, multiple, method, folder)
+    ways = possible(host, candidates, multiple, method, folder)
+    jobs = {share: way.job for share, way in ways.items()}
     trials = Trials(host, rows)
     stream = Stream(host, [row for ids in trials.batches for row in ids], folder) if method.needs else None
     tried = _Tried(host, method, jobs, stream)
     distances = trials.distances([tried.trial(share) for share in jobs], progress, tried.visit)
+    if stream:
+        stream.close()
     found = dict(zip(jobs, distances, strict=True))
     for share, distance in found.items():
         log.info("%s: KL %.4f", share, distance)
-    return min(found, key=found.__getitem__), {str(share): distance for share, distance in found.items()}
+    best = min(found, key=lambda share: found[share] / ways[share].removed)
+    return best, {str(share): distance for share, distance in found.items()}
 
 
-def _possible(
+def possible(
     host: DiskHost, candidates: Sequence[Share], multiple: int, method: Method, folder: Path
-) -> dict[Share, Job]:
-    """What the pruning loop would do for each share that can be taken."""
+) -> dict[Share, Way]:
+    """Return what the pruning loop would do for each share that can be taken, proved; equal ones after rounding once.
+
+    Raises:
+        SecateurError: none can be; why not the last.
+    """
     config = Config(host.checkpoint.directory, host.model.config)
-    found: dict[Share, Job] = {}
+    found: dict[Share, Way] = {}
+    known: list[dict[str, int]] = []
     for share in candidates:
         try:
-            narrowing = Narrowing(host, values_of(config, share, widths_of(host), multiple), folder / "config")
+            values = values_of(config, share, widths_of(host), multiple)
+            if values in known:
+                continue
+            narrowing = Narrowing(host, values, folder / "config")
             narrowing.settle(Silent())
         except (ModelError, OptionError) as error:
             log.info("%s: not possible (%s)", share, error)
             reason = error
             continue
-        found[share] = narrowing.job(method, "dense")
+        known.append(values)
+        left = block_parameters(narrowing.small)
+        found[share] = Way(narrowing.job(method, "dense"), block_parameters(host) - left)
+        del narrowing  # and the embeddings that it holds
     if not found:
         raise reason
     return found
@@ -160,7 +192,7 @@ class _Tried:
             touched = {id(p): p for m in chosen.values() for p in (m.weight, m.bias and m.bias[1]) if p is not None}
             former = [(parameter, parameter.detach().clone()) for parameter in touched.values()]
             try:
-                for matrix in chosen.values():
+                for matrix in (m for m in chosen.values() if self.stream is None or self.observer.seen(m.name)):
                     prune_matrix(lambda matrix, W_OI: W_OI, matrix, job, self.observer)
                 yield True
             finally:

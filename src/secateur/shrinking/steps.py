@@ -31,11 +31,12 @@ from ..pipeline.stream import MICRO_BATCH_TOKENS, Stream
 from ..progress import Progress
 from . import depth
 from .config import Config, changes, rounded
+from .cutting import kinds_of_blocks
 from .experts import Thinning, saliences, strongest
 from .proof import probe, prove
 from .request import ShrinkRequest
-from .split import Share, best_share, shares, values_of, widths_of
-from .views import smaller_model, without_blocks
+from .split import Share, best_share, possible, shares, values_of, widths_of
+from .views import smaller_model, with_tensors, without_blocks
 from .width import Narrowing
 
 log = logging.getLogger("secateur")
@@ -48,7 +49,7 @@ class Shrinking:
         self, source: Checkpoint, host: DiskHost, tokens: Tokens | None, request: ShrinkRequest, progress: Progress
     ) -> None:
         self.source, self.host, self.tokens, self.request, self.progress = source, host, tokens, request, progress
-        self.config = Config(source.directory, host.model.config)
+        self.config = Config(source.directory, host.model.config, kinds_of_blocks(host))
         self.plan: dict[str, Any] = {}
         self.layers = self._layers()
         self.narrow = host  # the last model on the way, for its shapes
@@ -61,6 +62,12 @@ class Shrinking:
         dtype = written_dtype(request.dtype)
         source = open_checkpoint(as_checkpoint(path, scratch, dtype), request.trust_remote_code)
         host = DiskHost(source, choose_device(request.device), dtype)
+        if beyond := [
+            name for index, names in host.names.items() if (index or 0) >= len(host.skeleton.real) for name in names
+        ]:
+            log.info("%s and %d more: belong to no block of the model, and are left out", beyond[0], len(beyond) - 1)
+            source = with_tensors(source, {}, beyond)
+            host = DiskHost(source, host.device, dtype)
         tokens = None
         if request.needs_tokens:
             tokenizer = tokenizer or load_tokenizer(source.directory, request.trust_remote_code)
@@ -95,11 +102,19 @@ class Shrinking:
         width = int(self.host.model.config.get_text_config().hidden_size)
         return 2 * self.tokens.tokens * width * 4 if self.tokens else 0
 
+    def check(self) -> None:
+        """Prove that the model's blocks can be run one at a time, and learn what they return.
+
+        Raises:
+            ModelError: they cannot.
+        """
+        check_replay(self.host.skeleton, self.host.block, probe(self.host))
+
     def _layers(self) -> int | list[int] | None:
         """How many blocks go, or which; checked."""
         request, layers = self.request, self.request.wanted_layers()
         if request.target is not None and request.parts == ["layers"]:
-            layers = self.config.layers - rounded(self.config.layers, request.target, self.config.period, "layers")
+            layers = depth.share(request.target, self.config)
         if layers is not None:
             depth.check_layers(layers, self.config)
         return layers
@@ -152,7 +167,7 @@ class Shrinking:
             return host
         thinning = Thinning(host, self.request.experts, run.path / "source-experts")
         checkpoint = thinning.cut(self._kept_experts(run, host, thinning.left), run.path / "cut", self.progress)
-        return DiskHost(checkpoint, host.device, host.dtype)
+        return smaller_model(checkpoint, host)
 
     def _kept_experts(self, run: RunDirectory, host: DiskHost, left: int) -> list[list[int] | None]:
         for line in steps_of(run, "experts"):
@@ -177,7 +192,6 @@ class Shrinking:
         """
         values: dict[str, Any] = {}
         request, candidates = self.request, list[str]()
-        check_replay(self.host.skeleton, self.host.block, probe(self.host))
         if self.layers is not None:
             any_blocks = self.layers if isinstance(self.layers, list) else list(range(self.layers))
             small = self._without_blocks(any_blocks, scratch / "source-layers")
@@ -192,7 +206,10 @@ class Shrinking:
                 Narrowing(self.host, narrower, scratch / "source-narrow").settle(self.progress)
             values |= narrower
         else:
-            candidates = [str(share) for share in shares(self.host, request.target, request.parts)]
+            ways = shares(self.host, request.target, request.parts)
+            candidates = list(
+                map(str, possible(self.host, ways, request.round, request.method, scratch / "source-split"))
+            )
         return {"config": changes(self.config, values), "candidates": candidates}
 
     def narrowed(self, run: RunDirectory, host: DiskHost) -> Checkpoint:

@@ -93,17 +93,19 @@ class Trials:
             progress.advance()
         progress.finish()
         self._own = own if own is not None else self._own
-        return [self._distance(states[number]) for number in range(len(trials))]
+        return self._distances([states[number] for number in range(len(trials))])
 
-    def _distance(self, state: Sequence[Tensor]) -> float:
+    def _distances(self, states: Sequence[Sequence[Tensor]]) -> list[float]:
+        """KL(model || trial) of each trial's last hidden states."""
         assert self._own is not None
-        total = tokens = 0.0
-        for ids, own, other in zip(self.batches, self._own, state, strict=True):
-            for row in zip(ids.to(self.host.device), own, other, strict=True):
-                for ids_T, own_TD, other_TD in zip(*(part.split(HEAD_TOKENS) for part in row), strict=True):
-                    total += float(divergence(self._predicted(ids_T, own_TD), self._predicted(ids_T, other_TD)).sum())
-                    tokens += len(ids_T)
-        return total / tokens
+        totals, tokens = [0.0] * len(states), 0
+        for ids, own, *others in zip(self.batches, self._own, *states, strict=True):
+            for row in zip(ids.to(self.host.device), own, *others, strict=True):
+                for ids_T, own_TD, *rest in zip(*(part.split(HEAD_TOKENS) for part in row), strict=True):
+                    own_TV, tokens = self._predicted(ids_T, own_TD), tokens + len(ids_T)
+                    for number, hidden_TD in enumerate(rest):
+                        totals[number] += float(divergence(own_TV, self._predicted(ids_T, hidden_TD)).sum())
+        return [total / tokens for total in totals]
 
     def _predicted(self, ids_T: Tensor, hidden_TD: Tensor) -> Tensor:
         return log_softmax(self.host.skeleton.logits(ids_T[None], hidden_TD[None])[0].float(), dim=-1)

@@ -98,10 +98,11 @@ class Narrowing:
         Raises:
             ModelError: a cut block gives something else.
         """
-        first = blocks_of_each_kind(self.host)
+        first, unknown = blocks_of_each_kind(self.host), True
         progress.start("proving the cut", len(first))
-        for number, index in enumerate(first):
-            layouts = LAYOUTS if number == 0 and self._fused else [self.geometry.layout]
+        for index in first:
+            layouts = LAYOUTS if unknown and self._fused(index) else [self.geometry.layout]
+            unknown = unknown and not self._fused(index)
             for layout in layouts:
                 self.geometry = replace(self.geometry, layout=layout)
                 try:
@@ -132,12 +133,10 @@ class Narrowing:
         kept = {reader.name: kept_groups(reader, width, left) for reader, width, _, left in self._readers(index)}
         return Kept(kept), nullcontext()
 
-    @property
-    def _fused(self) -> bool:
-        """Whether a matrix holds both the gate and the up projection."""
+    def _fused(self, index: int) -> bool:
+        """Whether a matrix of a block holds both the gate and the up projection."""
         return any(
             matrices[0].shape[0] == 2 * coupling.columns
-            for index in range(len(self.host.skeleton.real))
             for coupling in of_kind(couplings_of(self.host, index), NEURONS)
             for matrices in coupling.writers.values()
         )
