@@ -131,7 +131,7 @@ def greedy(
     trials, gone = Trials(host, rows), list(removed)
     while len(gone) < count:
         free = [unit for unit in units if not set(unit) & set(gone)]
-        tried = [Trial("", 0, _without(gone)), *(Trial(_named(u), u[0], _without([*gone, *u])) for u in free)]
+        tried = [Trial(0, _without(gone)), *(Trial(unit[0], _without([*gone, *unit])) for unit in free)]
         distances = trials.distances(tried, progress)[1:]
         best = min(range(len(free)), key=distances.__getitem__)
         gone += free[best]

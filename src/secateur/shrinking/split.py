@@ -199,7 +199,7 @@ class _Tried:
                 for parameter, weights in former:
                     parameter.data.copy_(weights)
 
-        return Trial(str(share), 0, change)
+        return Trial(0, change)
 
 
 def widths_of(host: DiskHost) -> list[int]:

@@ -30,12 +30,10 @@ class Trial:
     """A changed model.
 
     Attributes:
-        name: what is told of it.
-        begins: the first block that differs from the former trial's (the first one's: from the model).
+        begins: the first block that differs from the first trial's (the first one's own: from the model's).
         change: given a resident block and its number, changes it for a while, and tells whether it runs at all.
     """
 
-    name: str
     begins: int
     change: Change
 
