@@ -20,6 +20,7 @@ FUNCTIONS = {
     "unpack": "unpack",
     "prune": "prune",
     "shrink": "shrink",
+    "finetune": "finetune",
     "eval": "evaluate",
     "inspect": "inspect",
     "generate": "generate",
@@ -111,7 +112,8 @@ def test_flags_are_keywords_with_the_same_defaults(command):
         elif name == "output":
             assert (flag.default and str(flag.default)) == keywords[name].default
         elif name != "as_json":
-            assert (flag.default or None) == (keywords[name].default or None), name
+            usual = None if keywords[name].default is inspect.Parameter.empty else keywords[name].default
+            assert (flag.default or None) == (usual or None), name
     assert commands()[command].help and all(getattr(p, "help", None) for p in commands()[command].params)
 
 

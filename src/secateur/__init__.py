@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         bench,
         compare,
         evaluate,
+        finetune,
         generate,
         inspect,
         pack,
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     )
     from .pruning import METHODS, Method, parse_method, parse_pattern
     from .runtime.arrangement import optimize
+    from .training.callbacks import GradualPruning, KeepSparsity
+    from .training.gradual import gradual
+    from .training.lora import masked_lora, merge_lora
+    from .training.masks import Masks
 
 # Names that need torch are found when they are asked for, so that `import secateur` and `--help` stay quick.
 _LAZY = {
@@ -47,6 +52,7 @@ _LAZY = {
     "bench": "api",
     "compare": "api",
     "evaluate": "api",
+    "finetune": "api",
     "generate": "api",
     "inspect": "api",
     "optimize": "runtime.arrangement",
@@ -56,6 +62,12 @@ _LAZY = {
     "sensitivity": "api",
     "shrink": "api",
     "unpack": "api",
+    "GradualPruning": "training.callbacks",
+    "KeepSparsity": "training.callbacks",
+    "Masks": "training.masks",
+    "gradual": "training.gradual",
+    "masked_lora": "training.lora",
+    "merge_lora": "training.lora",
     "METHODS": "pruning",
     "Method": "pruning",
     "parse_method": "pruning",
@@ -65,6 +77,9 @@ _LAZY = {
 __all__ = [
     "METHODS",
     "DataError",
+    "GradualPruning",
+    "KeepSparsity",
+    "Masks",
     "Method",
     "ModelError",
     "NumericsError",
@@ -77,8 +92,12 @@ __all__ = [
     "bench",
     "compare",
     "evaluate",
+    "finetune",
     "generate",
+    "gradual",
     "inspect",
+    "masked_lora",
+    "merge_lora",
     "optimize",
     "pack",
     "parse_method",

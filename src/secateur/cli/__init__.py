@@ -15,11 +15,12 @@ from typer.exceptions import Abort, TyperException
 
 from ..coming_from import translate
 from ..errors import SecateurError, nearest, unwritable
-from . import making, measuring, screen, shrinking  # noqa: F401  (which register their commands)
+from . import making, measuring, screen, shrinking, training  # noqa: F401  (which register their commands)
 from .app import app
 
 COMMANDS = (
-    "prune", "shrink", "pack", "unpack", "eval", "inspect", "generate", "bench", "compare", "sensitivity", "report",
+    "prune", "shrink", "finetune", "pack", "unpack", "eval", "inspect", "generate", "bench", "compare",
+    "sensitivity", "report",
 )  # fmt: skip
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         screen.note(f"error: {error}")
         return 1
     except (KeyboardInterrupt, Abort):
-        kept = bool({"prune", "shrink", "pack", "compare"} & set(words)) and "--no-resume" not in words
+        kept = bool({"prune", "shrink", "finetune", "pack", "compare"} & set(words)) and "--no-resume" not in words
         screen.note("interrupted; the same command goes on where it stopped" if kept else "interrupted")
         return 130
     except Exception as error:

@@ -18,6 +18,24 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run, or begin anew.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="torch's")]
+Calibration = Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {CALIBRATION}.")]
+Samples = Annotated[int | None, typer.Option(help="Calibration sequences.", show_default="128, or what there is")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens of a sequence.", show_default="2048 or the context")]
+Include = Annotated[list[str] | None, typer.Option(metavar="RE", help="Prune only matrices whose name has this in it.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="RE", help="Leave matrices alone whose name has this in it.")
+]
+Pattern = Annotated[
+    str | None, typer.Option(help="row, matrix, N:M (keep N of M) or block:RxC.", show_default="the method's own")
+]
+Allocation = Annotated[
+    str, typer.Option(metavar="FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities.")
+]
+Dtype = Annotated[str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")]
+Evaluate = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Measure perplexity on this text before and after (40 windows).")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let Python code that comes with the model run.")
 ]

@@ -8,7 +8,26 @@ import typer
 
 from . import screen
 from .app import app
-from .arguments import CALIBRATION, Device, Json, Model, Output, Overwrite, Resume, TrustRemoteCode, fraction
+from .arguments import (
+    Allocation,
+    Calibration,
+    Device,
+    Dtype,
+    Evaluate,
+    Exclude,
+    Include,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    Pattern,
+    Resume,
+    Samples,
+    Seqlen,
+    Threads,
+    TrustRemoteCode,
+    fraction,
+)
 
 
 @app.command()
@@ -27,22 +46,12 @@ def prune(
             metavar="FRACTION",
         ),
     ] = None,
-    pattern: Annotated[
-        str | None,
-        typer.Option(help="row, matrix, N:M (keep N of M) or block:RxC.", show_default="the method's own"),
-    ] = None,
-    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {CALIBRATION}.")] = "c4",
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences.", show_default="128, or what there is")
-    ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence.", show_default="2048 or the context")
-    ] = None,
+    pattern: Pattern = None,
+    calibration: Calibration = "c4",
+    samples: Samples = None,
+    seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
-    allocation: Annotated[
-        str,
-        typer.Option(metavar="FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities."),
-    ] = "uniform",
+    allocation: Allocation = "uniform",
     propagate: Annotated[
         str,
         typer.Option(
@@ -50,27 +59,18 @@ def prune(
             "sequential, every pruned matrix before them, in one forward in place of two."
         ),
     ] = "block",
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="RE", help="Prune only matrices whose name has this in it.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="RE", help="Leave matrices alone whose name has this in it.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     format: Annotated[
         str, typer.Option(help="Of the pruned matrices: dense, bitmask (any zeros), nm (N:M with M up to 16).")
     ] = "dense",
     values: Annotated[
         str | None, typer.Option(help="int8: round packed values to 8 bits.", show_default="kept exactly")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="torch's")] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="Measure perplexity on this text before and after (40 windows)."),
-    ] = None,
+    threads: Threads = None,
+    evaluate: Evaluate = None,
     max_loss: Annotated[
         float | None,
         typer.Option(

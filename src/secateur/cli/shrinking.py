@@ -8,7 +8,23 @@ import typer
 
 from . import screen
 from .app import app
-from .arguments import CALIBRATION, Device, Json, Model, Output, Overwrite, Resume, TrustRemoteCode, fraction, words
+from .arguments import (
+    Calibration,
+    Device,
+    Dtype,
+    Evaluate,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    Resume,
+    Samples,
+    Seqlen,
+    Threads,
+    TrustRemoteCode,
+    fraction,
+    words,
+)
 
 
 def _part(what: str) -> Any:
@@ -47,13 +63,9 @@ def shrink(
         bool,
         typer.Option("--compensate/--no-compensate", help="Solve the matrix after a cut anew by least squares."),
     ] = True,
-    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=f"Text to calibrate on: {CALIBRATION}.")] = "c4",
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences.", show_default="128, or what there is")
-    ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence.", show_default="2048 or the context")
-    ] = None,
+    calibration: Calibration = "c4",
+    samples: Samples = None,
+    seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the random crops, and of random choices.")] = 0,
     propagate: Annotated[
         str,
@@ -62,15 +74,10 @@ def shrink(
             "dense, the whole model."
         ),
     ] = "sequential",
-    dtype: Annotated[
-        str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     device: Device = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="torch's")] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="Measure perplexity on this text before and after (40 windows)."),
-    ] = None,
+    threads: Threads = None,
+    evaluate: Evaluate = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Prove the cut, and say what would be written.")] = False,
     overwrite: Overwrite = False,
     resume: Resume = True,

@@ -141,6 +141,13 @@ class DiskHost:
             _drop_weights(block)
             give_back_memory()
 
+    def whole(self) -> PreTrainedModel:
+        """Return the whole model, in memory for good: of a packed checkpoint too, unpacked."""
+        self._load([name for names in self.names.values() for name in names])
+        self.model.tie_weights()
+        self._refuse_missing(dict(self.model.named_parameters()))
+        return self.model
+
     def written_dtype(self, matrix: Matrix) -> torch.dtype:
         """The dtype in which a matrix is written."""
         return self.dtype_on_disk(matrix.parameter)

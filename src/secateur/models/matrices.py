@@ -72,19 +72,19 @@ class Matrix:
         held = self.module._parameters.get(key)
         return None if held is None else (f"{self.parameter.rpartition('.')[0]}.{key}", held)
 
-    def _view(self) -> Tensor:
-        held: Tensor = self.weight.detach()
+    def part(self, held: Tensor) -> Tensor:
+        """Return this matrix's part [out, in], a view, of a tensor that is laid out like the whole parameter."""
         if self.expert is not None:
             held = held[self.expert]
         return held.T if self.transposed else held
 
     def read(self) -> Tensor:
         """Return the weights [out, in], a view."""
-        return self._view()
+        return self.part(self.weight.detach())
 
     def write(self, W_OI: Tensor) -> None:
         """Put new weights [out, in] into the resident parameter."""
-        self._view().copy_(W_OI)
+        self.part(self.weight.detach()).copy_(W_OI)
         self.weight.changed = True
 
     def add_to_bias(self, change_O: Tensor) -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError, OptionError
+from .given import encode, given_rows, need
 from .sources import Corpus, from_records, read_source
 
 log = logging.getLogger("secateur")
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 2048
+TRAINING_SEQLEN = 512  # by default: a step on a CPU is to take seconds
 FEW_TOKENS = 8192
 USUAL_WINDOWS = 40  # of an evaluation that is made by the way: it costs seconds and not hours
 CHARACTERS_PER_TOKEN = 8  # generous, for sources that are read only as far as needed
@@ -114,7 +114,7 @@ def calibration_tokens(
         return calibration
     wanted = samples or DEFAULT_SAMPLES
     length = choose_seqlen(seqlen, config)
-    given = _given(calibration, tokenizer, seqlen or context_length(config))
+    given = given_rows(calibration, tokenizer, seqlen or context_length(config))
     if given is None:
         if isinstance(calibration, str):
             corpus = read_source(calibration, "train", characters=wanted * length * CHARACTERS_PER_TOKEN)
@@ -159,15 +159,54 @@ def evaluation_windows(source: str, tokenizer: Any, config: Any, seqlen: int | N
         _check_rows(tokens, config)
         return tokens
     length = choose_seqlen(seqlen, config)
+    found = _windows(corpus, tokenizer, length)
+    if windows is not None and windows > len(found.rows):
+        raise OptionError(f"windows {windows}: {corpus.name} has {len(found.rows)} windows of {length} tokens")
+    return Tokens(found.rows[:windows], found.source, found.available)
+
+
+def training_rows(data: Any, tokenizer: Any, config: Any, seqlen: int | None, wanted: int) -> Tokens:
+    """Return up to `wanted` rows to train on: non-overlapping windows of a text, or rows of token ids as they are.
+
+    Args:
+        data: as `calibration_tokens` takes it.
+        tokenizer: needed unless the rows are token ids.
+        config: the model's config.
+        seqlen: tokens of a window; None takes min(512, context).
+        wanted: how many rows are of use.
+
+    Raises:
+        DataError: no usable text, or less than one window of it.
+        OptionError: `seqlen` cannot be met.
+    """
+    length = choose_seqlen(
+        min(TRAINING_SEQLEN, context_length(config) or TRAINING_SEQLEN) if seqlen is None else seqlen, config
+    )
+    given = given_rows(data, tokenizer, length)
+    if given is None:
+        if isinstance(data, str):
+            corpus = read_source(data, "train", characters=wanted * length * CHARACTERS_PER_TOKEN)
+        else:
+            corpus = from_records(data, "the given records")
+        if corpus.rows is None:
+            found = _windows(corpus, tokenizer, length)
+            return Tokens(found.rows[:wanted], found.source, found.available)
+        given = corpus.name, _as_tensors(corpus)
+    name, rows = given
+    rows = [row for row in rows if len(row) > 1]
+    tokens = Tokens(rows[:wanted], name, sum(map(len, rows)))
+    _check_rows(tokens, config)
+    return tokens
+
+
+def _windows(corpus: Corpus, tokenizer: Any, length: int) -> Tokens:
+    """All non-overlapping windows of a text; what is left over at its end is dropped."""
     ids = _tokenise(corpus, tokenizer)
-    whole = len(ids) // length
-    if whole < 1:
+    count = len(ids) // length
+    if count < 1:
         raise DataError(
             f"{corpus.name}: {len(ids)} tokens are less than one window of {length}; use a shorter --seqlen"
         )
-    if windows is not None and windows > whole:
-        raise OptionError(f"windows {windows}: {corpus.name} has {whole} windows of {length} tokens")
-    count = windows or whole
     return Tokens(list(ids[: count * length].view(count, length)), corpus.name, len(ids))
 
 
@@ -175,62 +214,6 @@ def usual_windows(source: str, tokenizer: Any, config: Any, seqlen: int | None) 
     """Return the first 40 windows of a source, or as many as there are; raises as `evaluation_windows`."""
     tokens = evaluation_windows(source, tokenizer, config, seqlen, None)
     return Tokens(tokens.rows[:USUAL_WINDOWS], tokens.source, tokens.available)
-
-
-def _given(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, list[Tensor]] | None:
-    """Rows for what Python code may hand over as it is; None for sources and records."""
-    if isinstance(calibration, str):
-        return None
-    if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or not _whole(calibration):
-            raise DataError(
-                f"calibration: a tensor must be integer ids [samples, seqlen], not {list(calibration.shape)}"
-            )
-        return "the given tensor", list(calibration.long().cpu())
-    if isinstance(calibration, Mapping) and "input_ids" in calibration:
-        return "the given batch", _batch_rows(calibration["input_ids"], calibration.get("attention_mask"))
-    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
-        raise DataError(
-            f"calibration: cannot use a {type(calibration).__name__}; give a source's name, strings or token ids"
-        )
-    peek = calibration if isinstance(calibration, (list, tuple)) else None
-    if peek is None:
-        if hasattr(calibration, "column_names"):
-            return None
-        peek = list(islice(calibration, DEFAULT_SAMPLES * 16))
-    if not peek:
-        raise DataError("calibration: is empty")
-    if all(isinstance(item, str) for item in peek):
-        tokenizer = _need(tokenizer, "the given strings")
-        ids = [torch.tensor(_encode(tokenizer, text, "the given strings"), dtype=torch.long) for text in peek]
-        return "the given strings", [row[:longest] for row in ids]
-    if all(isinstance(item, Tensor) for item in peek):
-        if not all(_whole(item) for item in peek):
-            raise DataError("calibration: tensors must be integer ids, not floats")
-        return "the given tensors", [item.reshape(-1).long().cpu() for item in peek]
-    if peek is calibration:
-        return None
-    raise DataError("calibration: the items are neither strings nor tensors; give records as a list")
-
-
-def _batch_rows(ids: Any, mask: Any) -> list[Tensor]:
-    """The rows of a tokenizer's batch, without the positions that its mask leaves out."""
-    unfit = DataError("the given batch: its input_ids are no rows of whole numbers, or its mask does not fit them")
-    try:
-        if not isinstance(ids, Tensor) and len(ids) and isinstance(ids[0], int):  # one text, not in a list
-            ids, mask = [ids], None if mask is None else [mask]
-        rows = [row if isinstance(row, Tensor) else torch.tensor(row) for row in ids]
-        if mask is not None:
-            rows = [row[torch.as_tensor(m).bool()] for row, m in zip(rows, mask, strict=True)]
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError, RuntimeError):
-        raise unfit from None
-    if any(row.ndim != 1 or (len(row) and not _whole(row)) for row in rows):
-        raise unfit
-    return [row.long().cpu() for row in rows]
-
-
-def _whole(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def _as_tensors(corpus: Corpus) -> list[Tensor]:
@@ -278,7 +261,7 @@ def _check_rows(tokens: Tokens, config: Any) -> None:
 
 def _tokenise(corpus: Corpus, tokenizer: Any) -> Tensor:
     """Join all texts by blank lines and tokenise them once."""
-    tokenizer = _need(tokenizer, corpus.name)
+    tokenizer = need(tokenizer, corpus.name)
     texts = corpus.texts or []
     chats = [not isinstance(text, str) for text in texts]
     if any(chats):
@@ -289,22 +272,5 @@ def _tokenise(corpus: Corpus, tokenizer: Any) -> Tensor:
         except Exception as error:  # whatever the template raises
             what = " ".join(str(error).split())[:120]
             raise DataError(f"{corpus.name}: a chat does not fit the tokenizer's template ({what})") from None
-    ids = _encode(tokenizer, "\n\n".join(texts), corpus.name, special=not all(chats))
+    ids = encode(tokenizer, "\n\n".join(texts), corpus.name, special=not all(chats))
     return torch.tensor(ids, dtype=torch.long)
-
-
-def _encode(tokenizer: Any, text: str, what: str, *, special: bool = True) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{what}: a text holds half of a surrogate pair, which is no character") from None
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
-
-
-def _need(tokenizer: Any, what: str) -> Any:
-    if tokenizer is None:
-        raise DataError(
-            f"{what}: text needs a tokenizer and the model has none that can be opened; give one, or rows of input_ids"
-        )
-    return tokenizer

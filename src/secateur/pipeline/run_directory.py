@@ -4,6 +4,7 @@
     journal.jsonl    one line for every finished block, and for evaluations
     blocks/          the new tensors of each finished block
     cut/             the tensors of blocks with fewer neurons, heads or experts
+    trainer/         checkpoints of training
     hidden/          hidden states on their way
     source-*/        a GGUF model, dequantised
     output/          the checkpoint while it is being written
@@ -39,7 +40,7 @@ log = logging.getLogger("secateur")
 
 REPORT = "secateur.json"
 
-OURS = re.compile(r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|cut|hidden|output|former|source-.*")
+OURS = re.compile(r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|cut|trainer|hidden|output|former|source-.*")
 
 # Entries of the plan that do not change the result.
 COMMENTS = frozenset({"evaluate", "search", "software"})

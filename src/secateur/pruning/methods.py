@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ class Method:
     paper: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def score(self) -> Score | None:
+        """The score that `one_shot` made the method of, with the options; None for a method that is more."""
+        score = getattr(self.prune, "score", None)
+        return None if score is None else partial(score, **self.options)
+
     def __call__(
         self, W_OI: Tensor, statistics: Statistics, sparsity: float, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
@@ -65,7 +72,7 @@ def one_shot(score: Score) -> Prune:
         mask_OI = pattern.mask(score_OI, sparsity)
         return torch.where(mask_OI, W_OI, 0), mask_OI
 
-    prune.__wrapped__ = score  # type: ignore[attr-defined]  # its options are the score's
+    prune.__wrapped__ = prune.score = score  # type: ignore[attr-defined]  # its options are the score's
     prune.__doc__ = score.__doc__
     return prune
 

@@ -115,6 +115,10 @@ class Accumulator:
             part = torch.linalg.vector_norm(x_TI, dim=0).double().square()
             self._sumsq = part if self._sumsq is None else self._sumsq + part
 
+    def take(self, sums: Statistics) -> None:
+        """Go on from sums of squares that were kept (no Gram matrix)."""
+        self.tokens, self._sum, self._sumsq = sums.tokens, sums.sum_I, sums.sumsq_I
+
     def statistics(self) -> Statistics:
         """Return what has been summed so far."""
         gram = None

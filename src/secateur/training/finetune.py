@@ -1,0 +1,292 @@
+"""Training from disk to disk: a checkpoint is loaded whole, trained under its masks, and written as it came."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, NumericsError, OptionError
+from ..models.checkpoint import Checkpoint
+from ..models.formats import Packing, pack
+from ..models.gguf import as_checkpoint
+from ..models.hosts import DiskHost
+from ..models.matrices import Matrix
+from ..models.shards import digest
+from ..models.source import load_tokenizer, locate, open_checkpoint
+from ..pipeline.calibration import Tokens, training_rows
+from ..pipeline.files import check_room, write_text
+from ..pipeline.machine import choose_device, peak_memory_bytes, software, threads
+from ..pipeline.output import SCHEMA, Describe, check_output, write_checkpoint
+from ..pipeline.packing import packed_bytes
+from ..pipeline.plan import allocation_rules, calibration_record, listed
+from ..pipeline.prune import Evaluate, evaluated, file_bytes
+from ..pipeline.run_directory import REPORT, RunDirectory, finished_result, report_of, run_of
+from ..progress import Progress
+from ..pruning.patterns import detect_pattern
+from .masks import model_matrices
+from .recovery import MOST_HELD_OUT, Recovery
+from .request import FinetuneRequest
+
+log = logging.getLogger("secateur")
+
+COURSE = ("sparsity", "initial", "schedule", "every", "rounds", "method", "pattern", "samples")
+
+
+def finetune_checkpoint(
+    model: str,
+    output: Path,
+    request: FinetuneRequest,
+    progress: Progress,
+    *,
+    tokenizer: Any = None,
+    evaluate: Evaluate | None = None,
+    describe: Describe | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Train a checkpoint so that its zeros stay, or come on the way; go on where a killed run stopped.
+
+    Args:
+        model: MODEL as the user names it.
+        output: directory of the new checkpoint.
+        request: the options.
+        progress: hears of the work.
+        tokenizer: in place of the model's own.
+        evaluate: measures a checkpoint's directory; called before and after.
+        describe: adds to the finished directory what people read.
+        overwrite: replace a result of ours.
+        resume: go on with an earlier run.
+
+    Returns:
+        The report, equal to ``secateur.json``.
+    """
+    request.check()
+    path = locate(model, request.trust_remote_code)
+    check_output(output, path, overwrite)
+    device = choose_device(request.device)
+    with run_of(output, resume) as run, threads(request.threads):
+        source = open_checkpoint(as_checkpoint(path, run.path), request.trust_remote_code)
+        host = DiskHost(source, torch.device("cpu"))
+        tokens = training_rows(
+            request.data,
+            tokenizer or load_tokenizer(source.directory, request.trust_remote_code),
+            host.model.config,
+            request.seqlen,
+            request.rows + MOST_HELD_OUT,
+        )
+        teacher = open_teacher(request, run, host) if request.teacher else None
+        plan = make_plan(request, {"name": model, "digest": _digest(path, source)}, tokens, teacher, str(device))
+        finished = None if overwrite else finished_result(run.output, plan)
+        if finished is not None:
+            run.forget()
+            return finished
+        run.begin(plan)
+        before = evaluated(run, plan, "before", source.directory, evaluate)
+        trained = _trained(run, host, request, tokens, teacher, progress)
+        report = _written(run, host, path, plan, trained, before, evaluate, progress)
+        if describe:
+            describe(run.path / "output", source.directory)
+        run.install()
+        return report
+
+
+def make_plan(
+    request: FinetuneRequest, model: Mapping[str, Any], tokens: Tokens, teacher: DiskHost | None, device: str
+) -> dict[str, Any]:
+    """Return all that decides the result."""
+    pruning = request.pruning
+    rules = allocation_rules(request.allocation)
+    course: dict[str, Any] | None = None
+    if request.prunes:
+        course = {name: getattr(request, name) for name in COURSE} | {
+            "method": str(pruning.method),
+            "allocation": "uniform" if rules is None else (dict(rules) if isinstance(rules, Mapping) else list(rules)),
+            "include": listed(request.include),
+            "exclude": listed(request.exclude),
+        }
+        for unused in ("initial", "schedule", "every") if request.rounds else ("samples",):
+            del course[unused]
+    return {
+        "command": "finetune",
+        "model": dict(model),
+        "data": calibration_record(tokens, request.seed),
+        "train": request.trained,
+        "steps": request.steps,
+        "batch_size": request.batch_size,
+        "accumulate": request.accumulate,
+        "learning_rate": request.rate,
+        "rank": request.rank if request.trained == "lora" else None,
+        "teacher": teacher
+        and {"name": request.teacher, "digest": _digest(teacher.checkpoint.directory, teacher.checkpoint)},
+        "course": course,
+        "eval_steps": request.evaluated_every,
+        "gradient_checkpointing": request.gradient_checkpointing,
+        "seed": request.seed,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "evaluate": {"source": request.evaluate, "seqlen": request.seqlen} if request.evaluate else None,
+        "software": software(),
+    }
+
+
+def open_teacher(request: FinetuneRequest, run: RunDirectory, student: DiskHost) -> DiskHost:
+    """Open the model whose predictions are to be learnt.
+
+    Raises:
+        OptionError: its vocabulary is another one.
+    """
+    path = locate(str(request.teacher), request.trust_remote_code)
+    host = DiskHost(open_checkpoint(as_checkpoint(path, run.path), request.trust_remote_code), torch.device("cpu"))
+    sizes = [one.model.config.get_text_config().vocab_size for one in (host, student)]
+    words = [load_tokenizer(one.checkpoint.directory, request.trust_remote_code) for one in (host, student)]
+    if sizes[0] != sizes[1] or (all(words) and words[0].get_vocab() != words[1].get_vocab()):
+        raise OptionError(
+            f"teacher {request.teacher}: has another vocabulary than the model, so its predictions cannot be learnt; "
+            "use the model that was pruned, before it was"
+        )
+    return host
+
+
+def _digest(path: Path, source: Checkpoint) -> str:
+    return digest(source.files if path.is_dir() else [path])
+
+
+def _trained(
+    run: RunDirectory,
+    host: DiskHost,
+    request: FinetuneRequest,
+    tokens: Tokens,
+    teacher: DiskHost | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train, write what changed to the run directory, and return the record; or the one that is there."""
+    for line in run.journal:
+        if line.get("step") == "trained":
+            return {key: value for key, value in line.items() if key != "boot"}
+    model = host.whole()
+    zeros = {name: _zeros(matrix.read()) for name, matrix in model_matrices(model).items()}
+    recovery = Recovery(model, request, tokens)
+    if not run.begun:
+        check_room(run.path, 3 * recovery.bytes + 2 * host.checkpoint.bytes, "this run")
+    _announce(recovery, request, tokens)
+    outcome = recovery.run(run.path / "trainer", None if teacher is None else teacher.whole(), progress, run.note)
+    model = recovery.finished()
+    records = [
+        {**_record(matrix, recovery.masks.keep(matrix), host.written_dtype(matrix)), "zeros_before": zeros[name]}
+        for name, matrix in model_matrices(model).items()
+    ]
+    changed = {name: _as_written(p, host.dtype_on_disk(name)) for name, p in model.named_parameters()}
+    tensors, packings = _packed(host, host.on_disk(changed))
+    run.write_block(0, tensors, packings)
+    record = {"step": "trained", **outcome, "matrices": records, "seconds": seconds(run)}
+    run.note(record)
+    return record
+
+
+def _announce(recovery: Recovery, request: FinetuneRequest, tokens: Tokens) -> None:
+    log.info(
+        "training %s: %d parameters, %d steps of %d rows of %d tokens from %s; %d rows held out",
+        request.trained, recovery.trainable, request.steps, request.batch_size * request.accumulate, tokens.seqlen,
+        tokens.source, len(recovery.held_out),
+    )  # fmt: skip
+    if request.rows > len(recovery.rows):
+        log.info(
+            "the text has %d rows, so each is read %.1f times", len(recovery.rows), request.rows / len(recovery.rows)
+        )
+    if not recovery.held_out:
+        log.warning("the text has too few rows to hold some out, so nothing tells when training begins to harm")
+
+
+def _as_written(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast, with every zero as +0.0."""
+    return (parameter.detach().cpu() + 0.0).to(dtype)
+
+
+def _zeros(W_OI: Tensor) -> int:
+    return W_OI.numel() - int(W_OI.count_nonzero())
+
+
+def _record(matrix: Matrix, keep_OI: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What became of a matrix.
+
+    Raises:
+        NumericsError: it holds NaN or Inf, as written.
+        ModelError: a zero was lost.
+    """
+    W_OI = matrix.read().to(dtype)
+    if not torch.isfinite(W_OI).all():
+        kind = str(dtype).removeprefix("torch.")
+        raise NumericsError(f"{matrix.name}: a trained weight does not fit {kind}; give a lower --learning-rate")
+    if (W_OI[~keep_OI] != 0).any():
+        raise ModelError(f"{matrix.name}: lost zeros in training; this is a defect of Secateur, please report it")
+    zeros = _zeros(W_OI)
+    return {
+        "name": matrix.name,
+        "shape": list(matrix.shape),
+        "pattern": detect_pattern(W_OI),
+        "zeros": zeros,
+        "sparsity": zeros / W_OI.numel(),
+    }
+
+
+def _packed(host: DiskHost, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Packing]]:
+    """Pack again what the source holds packed, in the same way."""
+    found, packings = dict(tensors), {}
+    for name, info in host.checkpoint.packed.items():
+        held, former = found[name], info.packing
+        packed = pack(
+            name, held.T if former.transposed else held, former.format, "int8" if former.values == "int8" else None
+        )
+        if packed is not None:
+            packings[name] = replace(packed[0], transposed=former.transposed)
+            del found[name]
+            found |= {name + suffix: part for suffix, part in packed[1].items()}
+    return found, packings
+
+
+def _written(
+    run: RunDirectory,
+    host: DiskHost,
+    path: Path,
+    plan: dict[str, Any],
+    trained: dict[str, Any],
+    before: dict[str, Any] | None,
+    evaluate: Evaluate | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    source, target = host.checkpoint, run.path / "output"
+    write_checkpoint(source, [run.block_tensors(0)], target, None, progress)
+    after = evaluated(run, plan, "after", target, evaluate)
+    matrices = trained["matrices"]
+    weights = sum(m["shape"][0] * m["shape"][1] for m in matrices)
+    zeros, zeros_before = (sum(m[key] for m in matrices) for key in ("zeros", "zeros_before"))
+    report = {
+        "schema": SCHEMA,
+        "plan": plan,
+        "sparsity": zeros / weights,
+        "sparsity_before": zeros_before / weights,
+        "weights": weights,
+        "zeros": zeros,
+        "training": {key: value for key, value in trained.items() if key not in ("step", "matrices", "seconds")},
+        "matrices": matrices,
+        "seconds": {"training": trained["seconds"]},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "bytes": file_bytes(path, source, target),
+        "packed": packed_bytes(Checkpoint.open(target)),
+        "evaluation": {"before": before, "after": after} if after else None,
+        "former": report_of(source.directory),
+    }
+    write_text(target / REPORT, json.dumps(report, indent=1))
+    return report
+
+
+def seconds(run: RunDirectory) -> float:
+    """What training took, in all processes, up to the last checkpoint."""
+    return float(sum(line["seconds"] for line in run.journal if line.get("step") == "saved"))

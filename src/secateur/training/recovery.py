@@ -1,0 +1,175 @@
+"""One model in training: what is trained of it, what happens to its masks, and what it has become."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ..errors import NumericsError
+from ..pipeline.calibration import Tokens
+from ..progress import Progress
+from .callbacks import FollowCourse, KeepSparsity
+from .gradual import Gradual
+from .lora import masked_lora, merge_lora
+from .masks import Masks
+from .request import FinetuneRequest
+from .rounds import Rounds
+from .trainer import DivergedError, Reporter, SparseTrainer, collate, latest_checkpoint, trainer_state
+
+MOST_HELD_OUT = 64  # rows
+WARM = 0.05  # of all steps: the learning rate rises, and then falls to 0
+
+Note = Callable[[dict[str, Any]], None]
+
+
+class Recovery:
+    """A model in memory, prepared for training."""
+
+    def __init__(self, model: PreTrainedModel, request: FinetuneRequest, tokens: Tokens) -> None:
+        """Freeze what is not trained, and find the masks.
+
+        Args:
+            model: whole, in float32, in memory.
+            request: the options; already checked.
+            tokens: the rows to train on, and to hold out.
+
+        Raises:
+            SecateurError: there are no zeros to keep, or an option does not fit the model.
+        """
+        self.model, self.request = model, request
+        self.rows, self.held_out = divide(tokens)
+        self.course = self._course(tokens)
+        self.masks = self.course.masks if self.course else Masks.of(model)
+        trained = {name for name, p in model.named_parameters() if request.trained == "full" or p.ndim <= 1}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self.wrapped: Any = masked_lora(model, rank=request.rank) if request.trained == "lora" else model
+        self.trainable = sum(p.numel() for p in self.wrapped.parameters() if p.requires_grad)
+
+    def _course(self, tokens: Tokens) -> Gradual | Rounds | None:
+        request, pruning = self.request, self.request.pruning
+        if not request.prunes:
+            return None
+        if request.rounds is None:
+            return Gradual(
+                self.model, steps=request.steps, final=pruning.sparsity, initial=request.initial,
+                schedule=request.schedule, every=request.every, method=pruning.method, pattern=pruning.pattern,
+                allocation=pruning.allocation, include=pruning.include, exclude=pruning.exclude,
+            )  # fmt: skip
+        text = Tokens(self.rows[: request.samples], tokens.source, tokens.available)
+        return Rounds(
+            self.model, pruning, rounds=request.rounds, initial=request.initial, steps=request.steps,
+            tokens=text if pruning.parsed_method.needs else None,
+        )  # fmt: skip
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a checkpoint of the trainer: what changes, and two moments of what is trained."""
+        changing = sum(p.numel() for p in self._changing().values())
+        return 4 * (changing + 2 * self.trainable)
+
+    def _changing(self) -> dict[str, torch.nn.Parameter]:
+        pruned = self.masks.parameters.keys() if self.course else ()
+        return {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad or n in pruned}
+
+    def run(self, folder: Path, teacher: PreTrainedModel | None, progress: Progress, note: Note) -> dict[str, Any]:
+        """Train, from the last whole checkpoint in `folder` on.
+
+        Args:
+            folder: of the trainer's checkpoints.
+            teacher: whose predictions are learnt; None learns the text.
+            progress: hears of every step.
+            note: is told of every checkpoint.
+
+        Returns:
+            How it went: losses by step, and where it ended.
+
+        Raises:
+            NumericsError: the loss became NaN before anything could be kept.
+        """
+        callback: TrainerCallback = FollowCourse(self.course) if self.course else KeepSparsity(self.masks)
+        trainer = SparseTrainer(
+            model=self.wrapped,
+            changing=self._changing(),
+            teacher=teacher,
+            args=self._arguments(folder),
+            train_dataset=self.rows,
+            eval_dataset=self.held_out or None,
+            data_collator=collate,
+            callbacks=[callback, Reporter(progress, note, evaluate=bool(self.held_out))],
+        )
+        trainer.remove_callback(PrinterCallback)
+        stopped = None
+        last = latest_checkpoint(folder)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of libraries about each other
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except DivergedError as error:
+            stopped = error.step
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
+        return self._outcome(trainer, folder, stopped)
+
+    def _arguments(self, folder: Path) -> TrainingArguments:
+        request, every = self.request, self.request.evaluated_every
+        cuda = torch.cuda.is_available() and request.device != "cpu"
+        evaluated = "steps" if self.held_out else "no"
+        return TrainingArguments(
+            output_dir=str(folder), max_steps=request.steps, per_device_train_batch_size=request.batch_size,
+            per_device_eval_batch_size=request.batch_size, gradient_accumulation_steps=request.accumulate,
+            learning_rate=request.rate, lr_scheduler_type="linear", warmup_steps=math.ceil(WARM * request.steps),
+            gradient_checkpointing=request.gradient_checkpointing, seed=request.seed, data_seed=request.seed,
+            eval_strategy=evaluated, eval_steps=every, eval_on_start=bool(self.held_out),
+            save_strategy="steps", save_steps=every, save_total_limit=2,
+            load_best_model_at_end=bool(self.held_out) and self.course is None, metric_for_best_model="eval_loss",
+            greater_is_better=False, logging_steps=max(1, request.steps // 100), logging_nan_inf_filter=False,
+            report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+            use_cpu=not cuda, bf16=cuda, dataloader_pin_memory=cuda,
+        )  # fmt: skip
+
+    def _outcome(self, trainer: SparseTrainer, folder: Path, stopped: int | None) -> dict[str, Any]:
+        """Where the training ended; of one that diverged, at its best or last checkpoint."""
+        history, best = trainer.state.log_history, trainer.state.best_global_step
+        at = best if self.course is None and best else trainer.state.global_step
+        if stopped is not None:
+            kept = latest_checkpoint(folder)
+            if kept is None or self.course is not None:
+                raise NumericsError(
+                    f"the loss is NaN or Inf in step {stopped}, and no model before it is worth keeping; give a lower "
+                    f"--learning-rate than {self.request.rate:g}"
+                )
+            state = trainer_state(kept) or {}
+            with suppress(TypeError):
+                kept = Path(state["best_model_checkpoint"]) if state.get("best_model_checkpoint") else kept
+            trainer.take(kept)
+            at = int(kept.name.rpartition("-")[2])
+        return {
+            "loss": "cross-entropy" if trainer.teacher is None else "divergence",
+            "steps": at,
+            "stopped": stopped,
+            "trainable": self.trainable,
+            "losses": [[line["step"], line["loss"]] for line in history if "loss" in line],
+            "held_out": [[line["step"], line["eval_loss"]] for line in history if "eval_loss" in line],
+            "held_out_rows": len(self.held_out),
+        }
+
+    def finished(self) -> PreTrainedModel:
+        """Return the model, adapters merged, masked weights zero."""
+        model = merge_lora(self.wrapped) if self.request.trained == "lora" else self.model
+        self.masks.apply()
+        return model
+
+
+def divide(tokens: Tokens) -> tuple[list[Tensor], list[Tensor]]:
+    """Hold out the last tenth of the rows, at most 64; of fewer than ten rows none."""
+    held = min(len(tokens.rows) // 10, MOST_HELD_OUT)
+    return tokens.rows[: len(tokens.rows) - held], tokens.rows[len(tokens.rows) - held :]
