@@ -99,7 +99,7 @@ def _masked_layer() -> Any:
             base: Any = self.get_base_layer()
             W: Tensor = base.weight
             for adapter in active:
-                W = W + self.get_delta_weight(adapter).to(W.dtype)
+                W = (W + self.get_delta_weight(adapter)).to(W.dtype)  # rounded as by the merge
             return nn.functional.linear(x, W.T if self.fan_in_fan_out else W, base.bias)
 
     return MaskedLinear
