@@ -34,20 +34,20 @@ def test_the_merged_model_has_the_same_zeros_and_the_same_function(family, dtype
 
 def test_it_computes_with_w_plus_masked_ba(sparse):
     wrapped = adapted(sparse)
-    layer = wrapped.get_base_model().model.layers[1].mlp.up_proj
+    layer = wrapped.model.layers[1].mlp.up_proj
     W, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(3, 32)
     expected = x @ (W + (W != 0) * (B @ A) * 2).T  # alpha is twice the rank
     torch.testing.assert_close(layer(x), expected)
-    with wrapped.disable_adapter():
-        torch.testing.assert_close(layer(x), x @ W.T)
+    layer.enable_adapters(enabled=False)
+    torch.testing.assert_close(layer(x), x @ W.T)
 
 
 def test_only_adapters_are_trained(sparse):
     former = {n: p.detach().clone() for n, p in sparse.named_parameters()}
     wrapped = adapted(sparse)
     assert {n.split(".")[-3] for n, p in wrapped.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    for name, parameter in wrapped.get_base_model().named_parameters():
+    for name, parameter in wrapped.named_parameters():
         if "lora" not in name:
             assert torch.equal(parameter, former[name.replace("base_layer.", "")])
 
@@ -74,7 +74,7 @@ def test_without_us_the_merge_fills_the_zeros(sparse):
 def test_what_cannot_be(sparse, monkeypatch):
     with pytest.raises(secateur.OptionError, match="rank 0: at least 1"):
         secateur.masked_lora(sparse, rank=0)
-    with pytest.raises(secateur.ModelError, match="no model with adapters"):
+    with pytest.raises(secateur.ModelError, match="no adapters of LoRA"):
         secateur.merge_lora(sparse)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(secateur.OptionError, match="LoRA needs peft: pip install peft"):

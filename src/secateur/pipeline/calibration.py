@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,6 +113,7 @@ def calibration_tokens(
     check_draw(samples, seed)
     if isinstance(calibration, Tokens):
         return calibration
+    calibration = str(calibration) if isinstance(calibration, Path) else calibration
     wanted = samples or DEFAULT_SAMPLES
     length = choose_seqlen(seqlen, config)
     given = given_rows(calibration, tokenizer, seqlen or context_length(config))
@@ -182,6 +184,7 @@ def training_rows(data: Any, tokenizer: Any, config: Any, seqlen: int | None, wa
     length = choose_seqlen(
         min(TRAINING_SEQLEN, context_length(config) or TRAINING_SEQLEN) if seqlen is None else seqlen, config
     )
+    data = str(data) if isinstance(data, Path) else data
     given = given_rows(data, tokenizer, length)
     if given is None:
         if isinstance(data, str):

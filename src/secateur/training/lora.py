@@ -14,13 +14,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, OptionError
+from ..models.anatomy import find_blocks
 from .masks import Masks, check_trainable, model_matrices
 
 INSTALL_PEFT = "pip install peft"
 
 
-def masked_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int | None = None) -> Any:
-    """Put masked low-rank adapters beside all matrices of a model but fused experts; everything else is frozen.
+def masked_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int | None = None) -> PreTrainedModel:
+    """Put masked low-rank adapters beside the linear layers of a model's blocks, and freeze everything else.
+
+    Fused experts get none.
 
     Args:
         model: in memory.
@@ -28,7 +31,7 @@ def masked_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int | None = N
         alpha: the adapters' product is scaled by alpha / rank; None is twice the rank.
 
     Returns:
-        A ``peft.PeftModel``; its ``merge_and_unload()`` gives a model with the same zeros, and the same function.
+        The same model, with layers of peft in the place of its linear layers until `merge_lora`.
 
     Raises:
         OptionError: peft is missing, or the rank cannot be.
@@ -38,40 +41,57 @@ def masked_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int | None = N
         raise OptionError(f"rank {rank}: at least 1 is needed")
     peft = _peft()
     check_trainable(model)
-    names = [name for name, matrix in model_matrices(model).items() if matrix.expert is None]
-    if not names:
+    path, blocks = find_blocks(model)
+    chosen = {name: m for name, m in model_matrices(model).items() if m.expert is None and _is_linear(m.module)}
+    if not chosen:
         raise ModelError(
             f"{type(model).__name__}: has no linear layers for LoRA, only fused experts; train full or bias"
         )
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
-        target_modules=names,
-        bias="none",
-        fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
+        target_modules=[name.removeprefix(f"{path}.") for name in chosen],
+        fan_in_fan_out=any(matrix.transposed for matrix in chosen.values()),
     )
     masked = _masked_layer()
     config._register_custom_module({nn.Linear: masked, Conv1D: masked})
-    return peft.get_peft_model(model, config)
+    model.requires_grad_(requires_grad=False)
+    # Of the blocks alone: of a whole mixture peft would take names of dense layers for names of experts.
+    peft.inject_adapter_in_model(config, blocks)
+    return model
 
 
 def merge_lora(model: Any) -> PreTrainedModel:
-    """Merge the adapters of a ``peft.PeftModel`` into its model, and keep every zero of that.
+    """Merge the adapters in a model, or in a ``peft.PeftModel``, and keep every zero of its weights.
 
     With adapters of `masked_lora` the merged model computes the same; with others, what they gave through masked
     weights is lost.
 
     Raises:
-        ModelError: it is no model with adapters that can be merged.
+        ModelError: there are no adapters of LoRA in it.
     """
-    if not hasattr(model, "merge_and_unload"):
-        raise ModelError(f"{type(model).__name__}: is no model with adapters of peft")
-    base = model.get_base_model()
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = {n: m for n, m in base.named_modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")}
+    if not layers:
+        raise ModelError(f"{type(model).__name__}: has no adapters of LoRA that could be merged")
     keep = {f"{name}.weight": layer.get_base_layer().weight.detach() != 0 for name, layer in layers.items()}
-    merged: PreTrainedModel = model.merge_and_unload()
-    Masks(merged, keep)  # which clears what it masks
-    return merged
+    for name, layer in layers.items():
+        layer.merge()
+        base.set_submodule(name, layer.get_base_layer())
+    Masks(base, keep)  # which clears what it masks
+    return base
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether a layer, perhaps of a class of the model's own, gives x Wᵀ + b."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    x = torch.ones(1, module.weight.shape[1], dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-4)
+    except (RuntimeError, TypeError, ValueError):  # it takes inputs of another shape
+        return False
 
 
 def _peft() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from .masks import Masks
 from .request import FinetuneRequest
 from .rounds import Rounds
 from .trainer import DivergedError, Reporter, SparseTrainer, collate, latest_checkpoint, trainer_state
+
+log = logging.getLogger("secateur")
 
 MOST_HELD_OUT = 64  # rows
 WARM = 0.05  # of all steps: the learning rate rises, and then falls to 0
@@ -52,8 +55,11 @@ class Recovery:
         trained = {name for name, p in model.named_parameters() if request.trained == "full" or p.ndim <= 1}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-        self.wrapped: Any = masked_lora(model, rank=request.rank) if request.trained == "lora" else model
-        self.trainable = sum(p.numel() for p in self.wrapped.parameters() if p.requires_grad)
+        if request.trained == "lora":
+            with torch.random.fork_rng():
+                torch.manual_seed(request.seed)
+                masked_lora(model, rank=request.rank)
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def _course(self, tokens: Tokens) -> Gradual | Rounds | None:
         request, pruning = self.request, self.request.pruning
@@ -79,7 +85,7 @@ class Recovery:
 
     def _changing(self) -> dict[str, torch.nn.Parameter]:
         pruned = self.masks.parameters.keys() if self.course else ()
-        return {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad or n in pruned}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad or n in pruned}
 
     def run(self, folder: Path, teacher: PreTrainedModel | None, progress: Progress, note: Note) -> dict[str, Any]:
         """Train, from the last whole checkpoint in `folder` on.
@@ -96,12 +102,13 @@ class Recovery:
         Raises:
             NumericsError: the loss became NaN before anything could be kept.
         """
+        last = latest_checkpoint(folder)
         callback: TrainerCallback = FollowCourse(self.course) if self.course else KeepSparsity(self.masks)
         trainer = SparseTrainer(
-            model=self.wrapped,
+            model=self.model,
             changing=self._changing(),
             teacher=teacher,
-            args=self._arguments(folder),
+            args=self._arguments(folder, begins=last is None),
             train_dataset=self.rows,
             eval_dataset=self.held_out or None,
             data_collator=collate,
@@ -109,7 +116,6 @@ class Recovery:
         )
         trainer.remove_callback(PrinterCallback)
         stopped = None
-        last = latest_checkpoint(folder)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of libraries about each other
@@ -119,7 +125,7 @@ class Recovery:
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
         return self._outcome(trainer, folder, stopped)
 
-    def _arguments(self, folder: Path) -> TrainingArguments:
+    def _arguments(self, folder: Path, *, begins: bool) -> TrainingArguments:
         request, every = self.request, self.request.evaluated_every
         cuda = torch.cuda.is_available() and request.device != "cpu"
         evaluated = "steps" if self.held_out else "no"
@@ -128,7 +134,7 @@ class Recovery:
             per_device_eval_batch_size=request.batch_size, gradient_accumulation_steps=request.accumulate,
             learning_rate=request.rate, lr_scheduler_type="linear", warmup_steps=math.ceil(WARM * request.steps),
             gradient_checkpointing=request.gradient_checkpointing, seed=request.seed, data_seed=request.seed,
-            eval_strategy=evaluated, eval_steps=every, eval_on_start=bool(self.held_out),
+            eval_strategy=evaluated, eval_steps=every, eval_on_start=begins and bool(self.held_out),
             save_strategy="steps", save_steps=every, save_total_limit=2,
             load_best_model_at_end=bool(self.held_out) and self.course is None, metric_for_best_model="eval_loss",
             greater_is_better=False, logging_steps=max(1, request.steps // 100), logging_nan_inf_filter=False,
@@ -152,6 +158,10 @@ class Recovery:
                 kept = Path(state["best_model_checkpoint"]) if state.get("best_model_checkpoint") else kept
             trainer.take(kept)
             at = int(kept.name.rpartition("-")[2])
+            log.warning(
+                "the loss is NaN or Inf in step %d: training ends there, and the model of step %d is kept; a lower "
+                "--learning-rate than %g may go further", stopped, at, self.request.rate,
+            )  # fmt: skip
         return {
             "loss": "cross-entropy" if trainer.teacher is None else "divergence",
             "steps": at,
@@ -164,9 +174,10 @@ class Recovery:
 
     def finished(self) -> PreTrainedModel:
         """Return the model, adapters merged, masked weights zero."""
-        model = merge_lora(self.wrapped) if self.request.trained == "lora" else self.model
+        if self.request.trained == "lora":
+            merge_lora(self.model)
         self.masks.apply()
-        return model
+        return self.model
 
 
 def divide(tokens: Tokens) -> tuple[list[Tensor], list[Tensor]]:

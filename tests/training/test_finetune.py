@@ -1,0 +1,337 @@
+"""`secateur finetune` from disk to disk."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+from secateur.progress import Silent
+from secateur.training.masks import Masks, model_matrices
+from tiny import TEXT, files_below, save_tiny, tensors_of
+
+QUICK = {"steps": 10, "seqlen": 16, "learning_rate": 0.01, "progress": Silent()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer):
+    """A dense model, two pruned ones (one of them packed), and a text."""
+    folder = tmp_path_factory.mktemp("finetune")
+    save_tiny(folder / "dense", "llama", "bfloat16", tokenizer=tokenizer)
+    secateur.prune(folder / "dense", folder / "pruned", method="magnitude", pattern="2:4", progress=Silent())
+    secateur.prune(
+        folder / "dense", folder / "packed", method="magnitude", pattern="2:4", format="nm", progress=Silent()
+    )
+    (folder / "text.txt").write_text(TEXT * 20)
+    return folder
+
+
+def loaded(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+
+
+def weights(path):
+    return {name: m.read().clone() for name, m in model_matrices(loaded(path)).items()}
+
+
+@pytest.mark.parametrize("train", ["full", "lora", "bias"])
+def test_recovery_keeps_every_zero_and_lowers_the_loss(train, models, tmp_path):
+    report = secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", train=train, **QUICK)
+    before, after = weights(models / "pruned"), weights(tmp_path / "out")
+    for name, W in before.items():
+        assert torch.equal(W == 0, after[name] == 0), name
+        assert torch.equal(W, after[name]) == (train == "bias")
+    assert (report["sparsity"], report["sparsity_before"]) == (0.5, 0.5)
+    assert {m["pattern"] for m in report["matrices"]} == {"2:4"}
+    held = report["training"]["held_out"]
+    assert held[0][0] == 0 and held[-1][0] == 10 and min(loss for _, loss in held) < held[0][1]
+    assert report == json.loads((tmp_path / "out" / "secateur.json").read_text())
+    assert report["former"]["plan"]["method"] == "magnitude"
+    assert not (tmp_path / "out.secateur").exists()
+
+
+def test_what_is_not_trained_is_the_same_byte_for_byte(models, tmp_path):
+    secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", train="lora", **QUICK)
+    before, after = tensors_of(models / "pruned"), tensors_of(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name}.weight" for name in weights(models / "pruned")}
+    assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
+
+
+def test_the_best_checkpoint_is_kept(models, tmp_path):
+    """What is learnt from the first rows is wrong for those held out, so the first measurement is the best."""
+    rows = torch.cat([torch.arange(3, 19).repeat(36, 1), torch.arange(3, 19).flip(0).repeat(4, 1)])
+    options = {**QUICK, "train": "full", "eval_steps": 2, "learning_rate": 0.1}
+    report = secateur.finetune(models / "pruned", tmp_path / "out", rows, **options)
+    held = dict(report["training"]["held_out"])
+    assert list(held) == [0, 2, 4, 6, 8, 10] and held[2] == min(held[step] for step in held if step)
+    assert report["training"]["steps"] == 2
+    with torch.no_grad():
+        loss = loaded(tmp_path / "out").float()(input_ids=rows[-4:], labels=rows[-4:]).loss
+    assert float(loss) == pytest.approx(held[2], rel=0.01)  # which was measured in float32
+
+
+def windows(models):
+    """The rows of the text that are held out: the last 8 of 84 that are of use."""
+    ids = AutoTokenizer.from_pretrained(models / "dense")(TEXT * 20)["input_ids"]
+    return torch.tensor(ids[76 * 16 : 84 * 16]).reshape(8, 16)
+
+
+def test_a_teacher_is_learnt(models, tmp_path):
+    options = {**QUICK, "train": "full", "teacher": str(models / "dense")}
+    report = secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **options)
+    held = report["training"]["held_out"]
+    assert report["training"]["loss"] == "divergence" and held[-1][1] < held[0][1]
+    rows = windows(models)
+    with torch.no_grad():
+        known, own = (
+            loaded(models / name).float()(input_ids=rows).logits[:, :-1].log_softmax(-1) for name in ("dense", "pruned")
+        )
+    expected = (known.exp() * (known - own)).sum(-1).mean()
+    assert held[0][1] == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["packed", "int8"])
+def test_a_packed_model_is_packed_again(name, models, tmp_path):
+    if name == "int8":
+        secateur.pack(models / "pruned", tmp_path / "int8", format="bitmask", values="int8", progress=Silent())
+    source = tmp_path / "int8" if name == "int8" else models / name
+    report = secateur.finetune(source, tmp_path / "out", models / "text.txt", **QUICK)
+    before, after = (
+        json.loads((p / "config.json").read_text())["quantization_config"] for p in (source, tmp_path / "out")
+    )
+    assert {n: (m["format"], m["values"]) for n, m in before["matrices"].items()} == {
+        n: (m["format"], m["values"]) for n, m in after["matrices"].items()
+    }
+    assert report["packed"]["true"] < 0.75 * report["packed"]["dense"]
+    secateur.unpack(source, tmp_path / "a", progress=Silent())
+    secateur.unpack(tmp_path / "out", tmp_path / "b", progress=Silent())
+    then, now = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all((now[n][W == 0] == 0).all() and not torch.equal(now[n], W) for n, W in then.items())
+    loaded(tmp_path / "out")(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"sparsity": 0.75, "every": 3}, "row"),
+        ({"pattern": "2:4", "method": "wanda", "every": 2}, "2:4"),
+        ({"sparsity": 0.75, "rounds": 3}, "row"),
+        ({"sparsity": 0.75, "rounds": 2, "method": "sparsegpt", "pattern": "row"}, "row"),
+        ({"pattern": "1:4", "rounds": 5, "method": "magnitude", "train": "bias"}, "1:4"),
+    ],
+)
+def test_pruning_on_the_way_ends_exactly_at_the_target(options, pattern, models, tmp_path):
+    report = secateur.finetune(models / "dense", tmp_path / "out", models / "text.txt", **QUICK, **options)
+    target = report["plan"]["course"]["sparsity"] or (0.5 if pattern == "2:4" else 0.75)
+    for name, W in weights(tmp_path / "out").items():
+        assert int((W == 0).sum()) == round(target * W.numel()), name
+        if ":" in pattern:
+            assert ((W.reshape(-1, 4) != 0).sum(1) == int(pattern[0])).all()
+    assert report["sparsity_before"] < 0.01 and report["training"]["steps"] == 10
+    assert {m["sparsity"] for m in report["matrices"]} == {target}
+
+
+def test_python_data_of_every_kind(models, tmp_path):
+    for number, data in enumerate([torch.arange(3, 67).reshape(4, 16), [TEXT] * 12, [{"text": TEXT * 3}]]):
+        secateur.finetune(models / "pruned", tmp_path / str(number), data, **QUICK)
+
+
+def test_rows_of_several_lengths_are_filled_up_and_the_filling_counts_nowhere(models, tmp_path):
+    long, short = torch.arange(3, 27), torch.arange(30, 34)
+    report = secateur.finetune(
+        models / "pruned", tmp_path / "out", [long, short], **{**QUICK, "steps": 1, "learning_rate": 1e-9}
+    )
+    model = loaded(models / "pruned").float()
+    losses = [float(model(input_ids=row[None], labels=row[None]).loss.detach()) for row in (long, short)]
+    expected = (losses[0] * 23 + losses[1] * 3) / 26
+    assert report["training"]["losses"][0][1] == pytest.approx(expected, rel=1e-4)
+    assert report["training"]["held_out"] == []
+
+
+def test_the_same_plan_is_done_once(models, tmp_path, messages):
+    first = secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **QUICK)
+    assert secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **QUICK) == first
+    assert "nothing to do" in messages[-1]
+    with pytest.raises(secateur.ResumeError, match="seed 0, not 1"):
+        secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **QUICK, seed=1)
+
+
+def test_evaluation_before_and_after(models, tmp_path):
+    report = secateur.finetune(
+        models / "pruned", tmp_path / "out", models / "text.txt", evaluate=str(models / "text.txt"), **QUICK
+    )
+    found = report["evaluation"]
+    assert found["after"]["perplexity"] < found["before"]["perplexity"]
+
+
+# Killed and resumed.
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import secateur
+from secateur.training import trainer
+saves = 0
+note, save = trainer.Reporter.on_save, trainer.SparseTrainer.save_model
+def killed_note(self, *args, **kwargs):
+    global saves
+    note(self, *args, **kwargs)
+    saves += 1
+    if os.environ["KILL"] == f"after {saves}":
+        os.kill(os.getpid(), signal.SIGKILL)
+def killed_save(self, *args, **kwargs):
+    save(self, *args, **kwargs)
+    if os.environ["KILL"] == f"within {saves + 1}":
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.Reporter.on_save, trainer.SparseTrainer.save_model = killed_note, killed_save
+secateur.finetune(sys.argv[1], sys.argv[2], sys.argv[3], steps=10, seqlen=16, eval_steps=3, **eval(sys.argv[4]))
+"""
+COURSES = {
+    "lora": ("pruned", {}),
+    "full": ("pruned", {"train": "full"}),
+    "gradual": ("dense", {"sparsity": 0.75, "method": "wanda", "every": 2}),
+    "rounds": ("dense", {"sparsity": 0.75, "rounds": 3}),
+}
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_killed_and_resumed_ends_the_same_bit_for_bit(course, models, tmp_path):
+    name, options = COURSES[course]
+    secateur.finetune(
+        models / name,
+        tmp_path / "whole",
+        models / "text.txt",
+        steps=10,
+        seqlen=16,
+        eval_steps=3,
+        progress=Silent(),
+        **options,
+    )
+    expected = tensors_of(tmp_path / "whole")
+    for kill in ("after 1", "within 2"):
+        out = tmp_path / kill.replace(" ", "-")
+        words = [sys.executable, "-W", "ignore", "-c", KILLED, models / name, out, models / "text.txt", repr(options)]
+        first = subprocess.run(words, env={**os.environ, "KILL": kill}, capture_output=True)
+        assert first.returncode == -signal.SIGKILL, first.stderr
+        assert not out.exists() and (Path(f"{out}.secateur") / "trainer" / "checkpoint-3").exists()
+        second = subprocess.run(words, env={**os.environ, "KILL": ""}, capture_output=True)
+        assert second.returncode == 0, second.stderr
+        assert all(torch.equal(tensor, expected[n]) for n, tensor in tensors_of(out).items()), kill
+        assert not Path(f"{out}.secateur").exists()
+        whole, again = (json.loads((p / "secateur.json").read_text()) for p in (tmp_path / "whole", out))
+        assert again["training"] == whole["training"]
+
+
+def test_a_run_that_is_resumed_with_another_option_is_refused(models, tmp_path):
+    words = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        KILLED,
+        models / "pruned",
+        tmp_path / "out",
+        models / "text.txt",
+        "{}",
+    ]
+    subprocess.run(words, env={**os.environ, "KILL": "after 1"}, capture_output=True)
+    with pytest.raises(secateur.ResumeError, match=r"unfinished run with learning_rate 0.0005, not 0.01"):
+        secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **{**QUICK, "eval_steps": 3})
+
+
+# What goes wrong.
+
+
+def test_nan_ends_the_training_and_the_best_model_before_it_is_kept(models, tmp_path, monkeypatch, messages):
+    from secateur.training import trainer
+
+    step = trainer.SparseTrainer.training_step
+
+    def poisoned(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 6 else loss
+
+    monkeypatch.setattr(trainer.SparseTrainer, "training_step", poisoned)
+    # the check sits in the method that is replaced, so it is asked again here
+    monkeypatch.setattr(trainer.SparseTrainer, "training_step", checked(poisoned))
+    report = secateur.finetune(
+        models / "pruned", tmp_path / "out", models / "text.txt", train="full", eval_steps=2, **QUICK
+    )
+    assert report["training"]["stopped"] == 7 and report["training"]["steps"] in (2, 4, 6)
+    assert any("step 7" in line and "NaN" in line for line in messages)
+    assert all(torch.isfinite(W).all() for W in weights(tmp_path / "out").values())
+    assert Masks.of(loaded(tmp_path / "out")).sparsity == 0.5
+
+
+def checked(step):
+    from secateur.training.trainer import DivergedError
+
+    def training_step(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise DivergedError(self.state.global_step + 1)
+        return loss
+
+    return training_step
+
+
+def test_nan_before_the_first_checkpoint_leaves_nothing(models, tmp_path):
+    broken = shutil.copytree(models / "pruned", tmp_path / "broken")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(secateur.NumericsError, match=r"NaN or Inf in step 1.*lower --learning-rate than 0.01"):
+        secateur.finetune(broken, tmp_path / "out", models / "text.txt", **QUICK)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.secateur").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("dense", {}, "no zeros to keep; prune it first"),
+        ("pruned", {"train": "lorra"}, "did you mean lora"),
+        ("pruned", {"train": "lora", "sparsity": 0.6}, "give --train full"),
+        ("pruned", {"steps": 0}, "steps 0"),
+        ("pruned", {"batch_size": 0}, "batch_size 0"),
+        ("pruned", {"learning_rate": 3.0}, "between 0 and 1"),
+        ("pruned", {"seqlen": 4096}, "longer than the model's context"),
+        ("pruned", {"data": "no-such-file.txt"}, "neither a file nor a known text"),
+        ("pruned", {"data": []}, "is empty"),
+        ("pruned", {"data": [""]}, "holds no rows"),
+        ("pruned", {"schedule": "linear"}, "schedule: is for pruning on the way"),
+        ("pruned", {"sparsity": 0.7, "rounds": 11}, "10 steps are fewer"),
+        ("pruned", {"sparsity": 0.7, "rounds": 2, "schedule": "linear"}, "have their own course"),
+        ("pruned", {"sparsity": 0.7, "method": "sparsegpt"}, "prune in rounds"),
+        ("pruned", {"teacher": "nowhere/at/all"}, "no such file or directory"),
+        ("pruned", {"teacher": "other"}, "has another vocabulary"),
+        ("pruned", {"evaluate": ""}, "evaluate is empty"),
+        ("pruned", {"eval_steps": 0}, "eval_steps 0"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_leaves_nothing(name, options, said, models, tmp_path):
+    if options.get("teacher") == "other":
+        options = {"teacher": str(save_tiny(tmp_path / "other", "llama", vocab_size=96))}
+    options = {**QUICK, "data": models / "text.txt", **options}
+    before = files_below(models)
+    with pytest.raises(secateur.SecateurError, match=said) as error:
+        secateur.finetune(models / name, tmp_path / "out", **options)
+    assert "\n" not in str(error.value)
+    assert {p.name for p in tmp_path.iterdir()} <= {"other"}
+    assert files_below(models) == before
+
+
+def test_a_text_of_less_than_a_window(models, tmp_path):
+    (tmp_path / "short.txt").write_text("A bud.")
+    with pytest.raises(secateur.DataError, match="less than one window of 16"):
+        secateur.finetune(models / "pruned", tmp_path / "out", tmp_path / "short.txt", **QUICK)
