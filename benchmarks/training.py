@@ -3,9 +3,9 @@
     cd DATA && python …/benchmarks/training.py -o …/benchmarks/results/training [--only recovery,way,overhead]
     python benchmarks/training.py -o benchmarks/results/training --print > tables.md
 
-DATA holds `c4_64x512.smollm2.jsonl` (to calibrate), `c4_docs.jsonl` (to train) and `wiki.test.raw` (to measure). It takes
-about three hours on two threads; when it is stopped, the same command goes on. Models lie in OUTPUT/models meanwhile,
-which may be removed afterwards.
+DATA holds `c4_64x512.smollm2.jsonl` (to calibrate), `c4_docs.jsonl` (to train) and `wiki.test.raw` (to measure). It
+takes about three hours on two threads; when it is stopped, the same command goes on. Models lie in OUTPUT/models
+meanwhile, which may be removed afterwards.
 """
 
 import argparse

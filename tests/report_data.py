@@ -127,6 +127,49 @@ def a_shrinking() -> Json:
     }  # fmt: skip
 
 
+def trained_matrix(name: str, shape: list[int], zeros: int, before: int) -> Json:
+    sparsity = zeros / (shape[0] * shape[1])
+    counts = {"zeros": zeros, "sparsity": sparsity, "zeros_before": before}
+    return {"name": name, "shape": shape, "pattern": "unstructured", **counts}
+
+
+def a_training(former: Json | None = None) -> Json:
+    """The report of a training of a pruned model of two blocks, whose checkpoint of step 6 of 8 was the best."""
+    plan = {
+        "command": "finetune", "model": {"name": "thin", "digest": "ef56"},
+        "data": {"source": "c4", "samples": 20, "seqlen": 8, "tokens": 160, "seed": 7, "digest": "cd78"},
+        "train": "lora", "steps": 8, "batch_size": 2, "accumulate": 3, "learning_rate": 0.001, "rank": 4,
+        "teacher": None, "course": None, "eval_steps": 2, "gradient_checkpointing": False, "seed": 7, "device": "cpu",
+        "threads": 2, "evaluate": {"source": "wikitext2", "seqlen": None}, "software": SOFTWARE,
+    }  # fmt: skip
+    matrices = [
+        trained_matrix("model.layers.0.attn.q_proj", [4, 4], 8, 8),
+        trained_matrix("model.layers.0.mlp.up_proj", [6, 4], 18, 18),
+        trained_matrix("model.layers.1.attn.q_proj", [4, 4], 4, 4),
+        trained_matrix("head.proj", [2, 4], 2, 2),
+    ]
+    training = {
+        "loss": "cross-entropy", "steps": 6, "stopped": None, "trainable": 1200,
+        "losses": [[2, 4.5], [4, 4.0], [6, 3.5], [8, 3.0]],
+        "held_out": [[0, 5.0], [2, 4.75], [4, 4.25], [6, 4.0], [8, 4.5]], "held_out_rows": 2,
+    }  # fmt: skip
+    return {
+        "schema": 1, "plan": plan, "sparsity": 0.5, "sparsity_before": 0.5, "weights": 64, "zeros": 32,
+        "training": training, "matrices": matrices, "seconds": {"training": 20.0}, "peak_memory_bytes": 2_000_000,
+        "bytes": {"source_files": 900, "dense_16_bit": 1000, "output": 750}, "packed": None,
+        "evaluation": {"before": perplexity(4.0, 50.0), "after": perplexity(3.5, 30.0)}, "former": former,
+    }  # fmt: skip
+
+
+def a_course(**changes: Any) -> Json:
+    """How a model was pruned while it was trained: gradually, if there are no rounds."""
+    own = {"samples": 64} if "rounds" in changes else {"initial": 0.25, "schedule": "cubic", "every": 2}
+    return {
+        "sparsity": 0.6, "pattern": None, "rounds": None, "method": "wanda", "allocation": "uniform", "include": [],
+        "exclude": [], **own, **changes,
+    }  # fmt: skip
+
+
 def evaluations() -> list[Json]:
     """Evaluations of everything that can be measured."""
     dense = {
@@ -218,9 +261,27 @@ def save_run(directory: Path, report: Json, blocks: int) -> Path:
     return directory
 
 
+def save_training(directory: Path, report: Json, saved: int, ended: bool = False) -> Path:
+    """The run directory of a training that was killed after so many checkpoints, or before its end was written."""
+    directory.mkdir()
+    (directory / "plan.json").write_text(json.dumps(report["plan"]))
+    journal = [{"evaluated": "before", "of": report["plan"]["evaluate"], "result": report["evaluation"]["before"]}]
+    journal += [{"step": "saved", "at": 2 * (i + 1), "seconds": 2.5, "boot": "b"} for i in range(saved)]
+    if ended:
+        end = {"step": "trained", **report["training"], "matrices": report["matrices"], "seconds": 20.0}
+        journal.append(end)
+    (directory / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal) + '{"step": "sav')
+    return directory
+
+
 def save_every_kind(folder: Path) -> dict[str, Path]:
     """One path of each kind that a page can be made of, hostile ones and poor ones among them."""
     pruned, shrunk, lines, comparison = a_pruning(), a_shrinking(), evaluations(), a_comparison()
+    trained = a_training(pruned)
+    course = {
+        **trained,
+        "plan": {**trained["plan"], "course": a_course(allocation={"0": 0.25}), "teacher": {"name": "t"}},
+    }
     paths = {
         "pruned": save_output(folder / "out", pruned),
         "full": save_output(folder / "full", pruned, lines),
@@ -231,6 +292,12 @@ def save_every_kind(folder: Path) -> dict[str, Path]:
         "shrunk packed": save_output(folder / "shrunk-packed", packed_report(shrunk, "int8")),
         "shrunk unfinished": save_run(folder / "shrunk-half.secateur", shrunk, 1),
         "shrunk hostile": save_output(folder / "shrunk-hostile", poisoned(shrunk), [poisoned(line) for line in lines]),
+        "trained": save_output(folder / "trained", trained, lines),
+        "trained packed": save_output(folder / "trained-packed", packed_report(course, "int8")),
+        "trained unfinished": save_training(folder / "trained-half.secateur", trained, 3),
+        "trained hostile": save_output(
+            folder / "trained-hostile", poisoned(course), [poisoned(line) for line in lines]
+        ),
         "hostile": save_output(folder / "hostile", poisoned(pruned), [poisoned(line) for line in lines]),
     }
     rows = comparison["rows"]

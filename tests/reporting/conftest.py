@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from report_data import Json, a_comparison, a_pruning, a_shrinking, evaluations, save_every_kind
+from report_data import Json, a_comparison, a_pruning, a_shrinking, a_training, evaluations, save_every_kind
 from secateur.reporting.page.records import load_records
 from secateur.reporting.page.render import render_page
 
@@ -19,6 +19,11 @@ def pruned() -> Json:
 @pytest.fixture
 def shrunk() -> Json:
     return a_shrinking()
+
+
+@pytest.fixture
+def trained() -> Json:
+    return a_training(a_pruning())
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from report_data import Json, packed_report, save_output, save_run
+from report_data import Json, a_course, a_training, packed_report, save_output, save_run
 from secateur.errors import DataError, OutputError
 from secateur.evaluation.records import EVALUATIONS as WRITTEN_EVALUATIONS
 from secateur.pipeline.run_directory import REPORT as WRITTEN_REPORT
@@ -20,8 +20,9 @@ def test_the_files_are_those_that_are_written() -> None:
 def test_every_kind_is_known_by_what_it_holds(every_kind: dict[str, Path]) -> None:
     kinds = {name: load_records(path).kind for name, path in every_kind.items()}
     models = {"pruned": "pruned", "full": "pruned", "hostile": "pruned", "packed": "packed", "packed int8": "packed"}
+    models |= {"trained": "trained", "trained hostile": "trained", "trained packed": "packed"}
     models |= {"shrunk": "shrunk", "shrunk hostile": "shrunk", "shrunk packed": "packed"}
-    unfinished = dict.fromkeys(("unfinished", "shrunk unfinished"), "unfinished")
+    unfinished = dict.fromkeys(("unfinished", "shrunk unfinished", "trained unfinished"), "unfinished")
     assert kinds == {**dict.fromkeys(kinds, "comparison"), **models, **unfinished}
 
 
@@ -137,7 +138,15 @@ def test_any_value_of_another_type_makes_a_page_or_an_error_of_one_line(
 
     monkeypatch.setattr(charts, "draw", lambda *_, **__: "")  # slow, and of no account here
     out = save_output(tmp_path / "out", pruned, lines)
-    sound = [(REPORT, pruned), (EVALUATIONS, lines[0]), (REPORT, shrunk)]
+    course = a_training()
+    course["plan"] |= {"course": a_course(), "teacher": {"name": "t", "digest": "d"}}
+    sound = [
+        (REPORT, pruned),
+        (EVALUATIONS, lines[0]),
+        (REPORT, shrunk),
+        (REPORT, a_training(pruned)),
+        (REPORT, course),
+    ]
     outcomes = set()
     for file, document in sound:
         for *way, last in places(document):

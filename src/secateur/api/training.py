@@ -59,7 +59,7 @@ def finetune(
         model: directory, hub id, ``.gguf`` file, or ``smollm2``.
         output: directory of the new checkpoint.
         data: to train on: a SOURCE, strings, token ids [rows, seqlen], records, or a tokenizer's batch; text is cut
-            into windows. A tenth of the rows, at most 64, is held out, and says which checkpoint is the best.
+            into windows. A tenth of the rows, at most 32, is held out, and says which checkpoint is the best.
         train: ``full``, ``lora`` (adapters under the mask, merged in the end; needs peft) or ``bias`` (biases and
             norms); None is ``lora``, and ``full`` where the model is pruned on the way.
         steps: of the optimiser (AdamW; the learning rate rises for 5 % of the steps and then falls to 0).
@@ -81,7 +81,7 @@ def finetune(
         include: expressions; only matrices in whose name one is found.
         exclude: expressions; no matrix in whose name one is found.
         samples: rows that rounds calibrate on.
-        eval_steps: from one measurement on held-out rows, and one checkpoint, to the next; None is a tenth of all.
+        eval_steps: from one measurement on held-out rows, and one checkpoint, to the next; None is a fifth of all.
         gradient_checkpointing: compute activations twice to keep fewer.
         seed: of the order of rows, and of the adapters.
         device: where to compute; ``auto`` is a GPU if there is one.

@@ -83,7 +83,7 @@ def finetune(
     samples: Annotated[int, typer.Option(help="Rows that rounds calibrate on.")] = 64,
     eval_steps: Annotated[
         int | None,
-        typer.Option(help="Steps from one held-out loss and checkpoint to the next.", show_default="a tenth of all"),
+        typer.Option(help="Steps from one held-out loss and checkpoint to the next.", show_default="a fifth of all"),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")

@@ -116,7 +116,7 @@ def calibration_tokens(
     calibration = str(calibration) if isinstance(calibration, Path) else calibration
     wanted = samples or DEFAULT_SAMPLES
     length = choose_seqlen(seqlen, config)
-    given = given_rows(calibration, tokenizer, seqlen or context_length(config))
+    given = given_rows(calibration, tokenizer, seqlen or context_length(config), "calibration")
     if given is None:
         if isinstance(calibration, str):
             corpus = read_source(calibration, "train", characters=wanted * length * CHARACTERS_PER_TOKEN)
@@ -185,7 +185,7 @@ def training_rows(data: Any, tokenizer: Any, config: Any, seqlen: int | None, wa
         min(TRAINING_SEQLEN, context_length(config) or TRAINING_SEQLEN) if seqlen is None else seqlen, config
     )
     data = str(data) if isinstance(data, Path) else data
-    given = given_rows(data, tokenizer, length)
+    given = given_rows(data, tokenizer, length, "data")
     if given is None:
         if isinstance(data, str):
             corpus = read_source(data, "train", characters=wanted * length * CHARACTERS_PER_TOKEN)

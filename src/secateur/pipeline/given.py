@@ -14,40 +14,36 @@ from ..errors import DataError
 MOST_ITEMS = 2048  # that are looked at of an iterable that may have no end
 
 
-def given_rows(calibration: Any, tokenizer: Any, longest: int | None) -> tuple[str, list[Tensor]] | None:
-    """Rows for what Python code may hand over as it is; None for sources and records."""
-    if isinstance(calibration, str):
+def given_rows(given: Any, tokenizer: Any, longest: int | None, option: str) -> tuple[str, list[Tensor]] | None:
+    """Rows for what Python code may hand over as it is under an option's name; None for sources and records."""
+    if isinstance(given, str):
         return None
-    if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or not _whole(calibration):
-            raise DataError(
-                f"calibration: a tensor must be integer ids [samples, seqlen], not {list(calibration.shape)}"
-            )
-        return "the given tensor", list(calibration.long().cpu())
-    if isinstance(calibration, Mapping) and "input_ids" in calibration:
-        return "the given batch", _batch_rows(calibration["input_ids"], calibration.get("attention_mask"))
-    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
-        raise DataError(
-            f"calibration: cannot use a {type(calibration).__name__}; give a source's name, strings or token ids"
-        )
-    peek = calibration if isinstance(calibration, (list, tuple)) else None
+    if isinstance(given, Tensor):
+        if given.ndim != 2 or not _whole(given):
+            raise DataError(f"{option}: a tensor must be integer ids [samples, seqlen], not {list(given.shape)}")
+        return "the given tensor", list(given.long().cpu())
+    if isinstance(given, Mapping) and "input_ids" in given:
+        return "the given batch", _batch_rows(given["input_ids"], given.get("attention_mask"))
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise DataError(f"{option}: cannot use a {type(given).__name__}; give a source's name, strings or token ids")
+    peek = given if isinstance(given, (list, tuple)) else None
     if peek is None:
-        if hasattr(calibration, "column_names"):
+        if hasattr(given, "column_names"):
             return None
-        peek = list(islice(calibration, MOST_ITEMS))
+        peek = list(islice(given, MOST_ITEMS))
     if not peek:
-        raise DataError("calibration: is empty")
+        raise DataError(f"{option}: is empty")
     if all(isinstance(item, str) for item in peek):
         tokenizer = need(tokenizer, "the given strings")
         ids = [torch.tensor(encode(tokenizer, text, "the given strings"), dtype=torch.long) for text in peek]
         return "the given strings", [row[:longest] for row in ids]
     if all(isinstance(item, Tensor) for item in peek):
         if not all(_whole(item) for item in peek):
-            raise DataError("calibration: tensors must be integer ids, not floats")
+            raise DataError(f"{option}: tensors must be integer ids, not floats")
         return "the given tensors", [item.reshape(-1).long().cpu() for item in peek]
-    if peek is calibration:
+    if peek is given:
         return None
-    raise DataError("calibration: the items are neither strings nor tensors; give records as a list")
+    raise DataError(f"{option}: the items are neither strings nor tensors; give records as a list")
 
 
 def _batch_rows(ids: Any, mask: Any) -> list[Tensor]:

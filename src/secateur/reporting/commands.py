@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from ..pipeline.calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN
+from ..pipeline.calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, TRAINING_SEQLEN
 from ..pipeline.plan import Request
 from ..pruning import METHODS
 from ..shrinking.request import ShrinkRequest
+from ..training.request import TRAIN, FinetuneRequest
 
 ALLOCATION = "allocation.yaml"  # stands for rules that were given in Python, or in a file of whatever name
 
@@ -30,6 +32,8 @@ def making_words(plan: Mapping[str, Any]) -> list[str] | None:
         return prune_command(plan)
     if plan["command"] == "shrink":
         return shrink_command(plan)
+    if plan["command"] == "finetune":
+        return finetune_command(plan)
     options = option_words(plan, {"format": "bitmask", "values": None})
     return ["secateur", plan["command"], plan["model"]["name"], *options]
 
@@ -72,6 +76,45 @@ def shrink_command(plan: Mapping[str, Any]) -> list[str] | None:
     return ["secateur", "shrink", plan["model"]["name"], *option_words(wanted, {**usual, "of": ",".join(usual["of"])})]
 
 
+def finetune_command(plan: Mapping[str, Any]) -> list[str] | None:
+    """Return the words of ``finetune`` for a plan, as `making_words` does."""
+    data, course, evaluate = plan["data"], plan.get("course") or {}, plan.get("evaluate")
+    unknown = plan["train"] not in TRAIN or (course and course["method"].partition(":")[0] not in METHODS)
+    if unknown or _given({"calibration": data}):
+        return None
+    asked: dict[str, Any] = {key: course.get(key) for key in ("sparsity", "pattern", "rounds")}
+    bare = FinetuneRequest(data=None, steps=plan["steps"], **asked)  # what the other options follow from
+    usual = {
+        **vars(FinetuneRequest(data=None)),
+        "train": bare.trained,
+        "learning_rate": replace(bare, train=plan["train"]).rate,
+        "method": bare.pruning.method,
+        "eval_steps": bare.evaluated_every,
+    }
+    seqlen = None if data["seqlen"] == TRAINING_SEQLEN else data["seqlen"]
+    wanted = {
+        **{key: plan[key] for key in ("train", "steps", "batch_size", "accumulate", "learning_rate", "eval_steps")},
+        **{key: course.get(key, usual[key]) for key in ("initial", "schedule", "every", "samples", "method")},
+        **asked,
+        "data": data["source"].replace("wikitext2:train", "wikitext2"),
+        "seqlen": evaluate.get("seqlen") if evaluate else seqlen,  # one option is for both texts
+        "rank": usual["rank"] if plan.get("rank") is None else plan["rank"],
+        "teacher": plan["teacher"]["name"] if plan.get("teacher") else None,
+        "allocation": "uniform" if course.get("allocation", "uniform") == "uniform" else ALLOCATION,
+        "include": tuple(course.get("include") or ()),
+        "exclude": tuple(course.get("exclude") or ()),
+        "gradient_checkpointing": bool(plan.get("gradient_checkpointing")),
+        "seed": plan["seed"],
+        "evaluate": evaluate["source"] if evaluate else None,
+    }
+    return ["secateur", "finetune", plan["model"]["name"], *option_words(wanted, usual)]
+
+
+def rules_of(plan: Mapping[str, Any]) -> Any:
+    """The allocation that a plan has, or its course."""
+    return (plan.get("course") or plan).get("allocation", "uniform")
+
+
 def _given(plan: Mapping[str, Any]) -> bool:
     """Whether the calibration text was handed over in Python."""
     calibration = plan.get("calibration")
@@ -95,10 +138,10 @@ def option_words(wanted: Mapping[str, Any], default: Mapping[str, Any]) -> list[
     """The flags of options that are not as by default, in the order of the defaults."""
     words = []
     for key, usual in default.items():
-        value = wanted.get(key, usual)
+        value, flag = wanted.get(key, usual), key.replace("_", "-")
         if isinstance(usual, bool):
-            words += [] if bool(value) == usual else [f"--{'no-' * usual}{key}"]
+            words += [] if bool(value) == usual else [f"--{'no-' * usual}{flag}"]
             continue
         for one in value if isinstance(value, tuple) else [value]:
-            words += [] if value == usual else [f"--{key}", str(one)]
+            words += [] if value == usual else [f"--{flag}", str(one)]
     return words

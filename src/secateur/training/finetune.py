@@ -111,7 +111,7 @@ def make_plan(
             "include": listed(request.include),
             "exclude": listed(request.exclude),
         }
-        for unused in ("initial", "schedule", "every") if request.rounds else ("samples",):
+        for unused in ("schedule", "every") if request.rounds else ("samples",):
             del course[unused]
     return {
         "command": "finetune",

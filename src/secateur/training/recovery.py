@@ -28,7 +28,8 @@ from .trainer import DivergedError, Reporter, SparseTrainer, collate, latest_che
 
 log = logging.getLogger("secateur")
 
-MOST_HELD_OUT = 64  # rows
+MOST_HELD_OUT = 32  # rows
+EVAL_TOKENS = 4096  # of held-out rows at once
 WARM = 0.05  # of all steps: the learning rate rises, and then falls to 0
 
 Note = Callable[[dict[str, Any]], None]
@@ -102,27 +103,26 @@ class Recovery:
         Raises:
             NumericsError: the loss became NaN before anything could be kept.
         """
-        last = latest_checkpoint(folder)
+        last, stopped = latest_checkpoint(folder), None
         callback: TrainerCallback = FollowCourse(self.course) if self.course else KeepSparsity(self.masks)
-        trainer = SparseTrainer(
-            model=self.model,
-            changing=self._changing(),
-            teacher=teacher,
-            args=self._arguments(folder, begins=last is None),
-            train_dataset=self.rows,
-            eval_dataset=self.held_out or None,
-            data_collator=collate,
-            callbacks=[callback, Reporter(progress, note, evaluate=bool(self.held_out))],
-        )
-        trainer.remove_callback(PrinterCallback)
-        stopped = None
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of libraries about each other
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries about each other
+            trainer = SparseTrainer(
+                model=self.model,
+                changing=self._changing(),
+                teacher=teacher,
+                args=self._arguments(folder, begins=last is None),
+                train_dataset=self.rows,
+                eval_dataset=self.held_out or None,
+                data_collator=collate,
+                callbacks=[callback, Reporter(progress, note, evaluate=bool(self.held_out))],
+            )
+            trainer.remove_callback(PrinterCallback)
+            try:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        except DivergedError as error:
-            stopped = error.step
-            callback.on_train_end(trainer.args, trainer.state, trainer.control)
+            except DivergedError as error:
+                stopped = error.step
+                callback.on_train_end(trainer.args, trainer.state, trainer.control)
         return self._outcome(trainer, folder, stopped)
 
     def _arguments(self, folder: Path, *, begins: bool) -> TrainingArguments:
@@ -131,15 +131,17 @@ class Recovery:
         evaluated = "steps" if self.held_out else "no"
         return TrainingArguments(
             output_dir=str(folder), max_steps=request.steps, per_device_train_batch_size=request.batch_size,
-            per_device_eval_batch_size=request.batch_size, gradient_accumulation_steps=request.accumulate,
+            per_device_eval_batch_size=max(1, EVAL_TOKENS // len(self.rows[0])),
+            gradient_accumulation_steps=request.accumulate, optim="adamw_torch_fused",
             learning_rate=request.rate, lr_scheduler_type="linear", warmup_steps=math.ceil(WARM * request.steps),
-            gradient_checkpointing=request.gradient_checkpointing, seed=request.seed, data_seed=request.seed,
+            seed=request.seed, data_seed=request.seed,
             eval_strategy=evaluated, eval_steps=every, eval_on_start=begins and bool(self.held_out),
             save_strategy="steps", save_steps=every, save_total_limit=2,
             load_best_model_at_end=bool(self.held_out) and self.course is None, metric_for_best_model="eval_loss",
             greater_is_better=False, logging_steps=max(1, request.steps // 100), logging_nan_inf_filter=False,
             report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
             use_cpu=not cuda, bf16=cuda, dataloader_pin_memory=cuda,
+            gradient_checkpointing=request.gradient_checkpointing,
         )  # fmt: skip
 
     def _outcome(self, trainer: SparseTrainer, folder: Path, stopped: int | None) -> dict[str, Any]:
@@ -181,6 +183,6 @@ class Recovery:
 
 
 def divide(tokens: Tokens) -> tuple[list[Tensor], list[Tensor]]:
-    """Hold out the last tenth of the rows, at most 64; of fewer than ten rows none."""
+    """Hold out the last tenth of the rows, at most 32; of fewer than ten rows none."""
     held = min(len(tokens.rows) // 10, MOST_HELD_OUT)
     return tokens.rows[: len(tokens.rows) - held], tokens.rows[len(tokens.rows) - held :]

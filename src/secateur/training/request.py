@@ -121,4 +121,4 @@ class FinetuneRequest:
     @property
     def evaluated_every(self) -> int:
         """Steps from one evaluation on held-out rows, and one checkpoint, to the next."""
-        return self.eval_steps or -(-self.steps // 10)
+        return self.eval_steps or -(-self.steps // 5)

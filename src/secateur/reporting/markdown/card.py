@@ -16,33 +16,25 @@ from ...evaluation.records import EVALUATIONS
 from ...models.source import SMOLLM2
 from ...pipeline.files import write_text
 from ...pipeline.run_directory import report_of
-from ..commands import ALLOCATION, making_words
+from ..commands import ALLOCATION, making_words, rules_of
 from ..removed import is_shrunk
-from ..words import duration, packed_words, size
+from ..trained import DID, command_of, first_model, is_trained, story, value_format
+from ..words import packed_words, size
 from .evaluation import DAMAGED, evaluation_markdown
 from .metadata import HUB_ID, carried, front_matter, hub_id, metadata
-from .papers import PAPERS, cited
+from .pruned import pruned_facts, pruned_sentences, pruned_words
 from .shrunk import LOADING, shrunk_facts, shrunk_sentences, shrunk_size, shrunk_words
-from .text import (
-    calibrated_on,
-    markdown_code,
-    markdown_fence,
-    markdown_table,
-    markdown_text,
-    plain,
-    short_name,
-    versions,
-)
+from .text import markdown_code, markdown_fence, markdown_table, markdown_text, plain, short_name, versions
+from .trained import TRAINING_COSTS, trained_facts, trained_sentences, trained_words
 
 CARD = "README.md"
 BEGIN, END = "<!-- secateur:evaluation -->", "<!-- /secateur:evaluation -->"
-PATTERNS = {"row": ", the same sparsity in every output row", "matrix": ", one choice over each whole matrix"}
 
 Report = Mapping[str, Any]
 
 
 def model_card(directory: Path, source_card: str | None) -> str:
-    """Return the card of an output of ``prune``, ``shrink``, ``pack`` or ``unpack``.
+    """Return the card of an output of ``prune``, ``shrink``, ``finetune``, ``pack`` or ``unpack``.
 
     Args:
         directory: holds ``secateur.json``, and perhaps ``evaluations.jsonl`` and a licence.
@@ -95,38 +87,50 @@ def refresh_card(directory: Path) -> None:
 
 
 def _report(directory: Path) -> Report | None:
-    """The report of a directory, with that of ``prune`` or ``shrink`` under "pruned"; None if it cannot be read."""
+    """The report of a directory, with that of what made the model under "pruned"; None if it cannot be read.
+
+    What came with a model that was packed or trained may be damaged, and is left out then.
+    """
     report = report_of(directory)
-    if report is None or not _repacked(report):
-        return report and {"packed": None, **report, "pruned": report}
-    with suppress(*DAMAGED):  # it came with the model that was packed
-        if report["pruned"] and all((_title(report), _summary(report), _facts(report), _making(directory, report))):
-            return report
-    return {**report, "pruned": None}
+    if report is None:
+        return None
+    own = not _repacked(report)
+    first = {"packed": None, **report, "pruned": report} if own else report
+    if own and not is_trained(report):
+        return first
+    for leave_out in ({}, {"former": None}):
+        with suppress(*DAMAGED):
+            found = {**first, "pruned": {**first["pruned"], **leave_out}}
+            if all((_title(found), _summary(found), _facts(found), _making(directory, found))):
+                return found
+    return {**first, "pruned": {**report, "former": None} if own else None}
 
 
 def _repacked(report: Report) -> bool:
     """Whether a report is one of ``pack`` or ``unpack``, which say what a model had become before."""
-    return report["plan"].get("command", "prune") not in ("prune", "shrink")
+    return command_of(report) not in ("prune", "shrink", "finetune")
+
+
+def _steps(report: Report) -> list[Report]:
+    """The reports of all that was done, oldest first."""
+    made = report["pruned"]
+    return [*(story(made) if made else []), *([report] if _repacked(report) else [])]
 
 
 def _title(report: Report) -> str:
-    pruned, command = report["pruned"], report["plan"].get("command")
-    words = [markdown_text(PurePath((pruned or report)["plan"]["model"]["name"]).name or "A model")]
-    if is_shrunk(pruned):
-        words.append(shrunk_words(pruned))
-    elif pruned:
-        words.append(f"pruned with {_method_name(pruned['plan']['method'])} to {pruned['sparsity'] * 100:.3g}%")
+    made, command = report["pruned"], report["plan"].get("command")
+    words = [markdown_text(PurePath(first_model(made or report)).name or "A model")]
+    words += [WORDS[command_of(made)](made)] if made else []
     return ", ".join([*words, *(["packed"] if command == "pack" else [])])
 
 
-def _method_name(method: str) -> str:
-    name = method.partition(":")[0]
-    return PAPERS[name].name if name in PAPERS else markdown_code(method)
+WORDS = {"prune": pruned_words, "shrink": shrunk_words, "finetune": trained_words}
+SENTENCES = {"prune": pruned_sentences, "shrink": shrunk_sentences, "finetune": trained_sentences}
+FACTS = {"prune": pruned_facts, "shrink": shrunk_facts, "finetune": trained_facts}
 
 
 def _base(report: Report) -> str:
-    name, known = (report["pruned"] or report)["plan"]["model"]["name"], report.get("base_model")
+    name, known = first_model(report["pruned"] or report), report.get("base_model")
     if name == known:
         return f"[{markdown_code(name)}](https://huggingface.co/{name})"
     if name == SMOLLM2:
@@ -135,77 +139,53 @@ def _base(report: Report) -> str:
 
 
 def _summary(report: Report) -> str:
-    pruned, plan = report["pruned"], report["plan"]
+    made = report["pruned"]
     sentences = [f"This is {_base(report)}; how it was pruned is not recorded here."]
-    if is_shrunk(pruned):
-        sentences = shrunk_sentences(pruned, _base(report))
-    elif pruned:
-        narrowed = pruned["plan"]["include"] or pruned["plan"]["exclude"]
-        where = "those of its linear layers that were selected" if narrowed else "its decoder's linear layers"
-        sentences = [
-            f"This is {_base(report)}, with {pruned['sparsity']:.1%} of the weights in {where} set to zero, in one "
-            "shot after training and without retraining. Embeddings, output head, norms and biases were not pruned."
-        ]
+    if made:
+        sentences = SENTENCES[command_of(made)](made, _base(report))
     if packed := report["packed"]:
-        values = "rounded to 8 bits" if plan.get("values") else "bit for bit as they were"
+        values = "rounded to 8 bits" if _rounded(report) else "bit for bit as they were"
         sentences.append(
             f"It is packed: of {packed['matrices']} matrices only the nonzero values are stored, {values}."
         )
     return " ".join(sentences)
 
 
+def _rounded(report: Report) -> bool:
+    """Whether the values of a packed model were rounded."""
+    return value_format(_steps(report)[-1]) is not None
+
+
 def _facts(report: Report) -> list[tuple[str, str]]:
-    pruned, plan, sizes = report["pruned"], report["plan"], report["bytes"]
-    made = (shrunk_facts if is_shrunk(pruned) else _pruning_facts)(pruned) if pruned else []
-    facts = [("Base model", _base(report)), *made]
+    made, sizes = report["pruned"], report["bytes"]
+    facts = [("Base model", _base(report)), *(FACTS[command_of(made)](made) if made else [])]
     if packed := report["packed"]:
-        values = ", values rounded to 8 bits" if plan["values"] else ""
-        facts.append(("Packed", f"as {markdown_code(plan['format'])}, {packed_words(packed)}{values}"))
+        kind = report["plan"].get("format")  # what is trained is packed again as it was
+        values = ", values rounded to 8 bits" if _rounded(report) else ""
+        facts.append(("Packed", f"{f'as {markdown_code(kind)}, ' if kind else ''}{packed_words(packed)}{values}"))
     if sizes and "source" in sizes:
         facts.append(("Size", f"{size(sizes['output'])}; before, {size(sizes['source'])}"))
-    elif is_shrunk(pruned):
-        facts.append(("Size", shrunk_size(pruned)))
+    elif is_shrunk(made):
+        facts.append(("Size", shrunk_size(made)))
     elif sizes:
         facts.append(("Size", f"{size(sizes['output'])}; dense in 16 bits, {size(sizes['dense_16_bit'])}"))
     return facts
 
 
-def _pruning_facts(report: Report) -> list[tuple[str, str]]:
-    plan, calibration, rules = report["plan"], report["plan"]["calibration"], report["plan"]["allocation"]
-    count, dense = len(report["matrices"]), [*report["dense_matrices"], *report["left_out"]]
-    more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
-    facts = [
-        ("Method", _method(plan["method"])),
-        ("Sparsity", f"{report['sparsity']:.2%}: {report['zeros']:,} of {report['weights']:,} weights are zero"),
-        ("Pattern", f"{markdown_code(plan['pattern'])}{PATTERNS.get(plan['pattern'], '')}"),
-        ("Pruned", f"{count:,} matrices"),
-        ("Left dense", dense and f"{len(dense):,} matrices: {', '.join(map(markdown_code, dense[:3]))}{more}"),
-        ("Allocation", "uniform" if rules == "uniform" else f"by {len(rules)} rules, which stand below"),
-        ("Calibration", calibrated_on(calibration) if calibration else "none, the method needs none"),
-        (
-            "Time to prune",
-            f"{duration(report['seconds']['pruning'])}, {plan['threads']:d} threads, {markdown_text(plan['device'])}",
-        ),
-        ("Peak memory", size(report["peak_memory_bytes"])),
-    ]
-    return [(what, text) for what, text in facts if text]
-
-
-def _method(method: str) -> str:
-    name, _, options = method.partition(":")
-    if name not in PAPERS:
-        return f"{markdown_code(method)}, a method of its user's own"
-    said = cited(PAPERS[name])
-    return f"{said}. Options: {markdown_code(options.replace(':', ', '))}" if options else said
-
-
 def _evaluation(directory: Path, report: Report) -> str:
-    lines, dense, shrunk = _recorded(directory), None, is_shrunk(report["pruned"])
+    lines, made = _recorded(directory), report["pruned"]
+    trained, before, dense = is_trained(made), None, None
     with suppress(*DAMAGED):  # most runs have no evaluation
-        own = report["pruned"]["evaluation"]
-        when = "before packing" if _repacked(report) else "when shrunk" if shrunk else "when pruned"
-        lines, dense = [{**own["after"], "date": when}, *lines], {**own["before"]}
-    told = evaluation_markdown(lines, dense, "Base model" if shrunk else "Dense model")
+        own = made["evaluation"]
+        when = "before packing" if _repacked(report) else f"when {DID[command_of(made)]}"
+        lines, before = [{**own["after"], "date": when}, *lines], {**own["before"]}
+    if not trained:
+        whole = "Base model" if is_shrunk(made) else "Dense model"
+        return f"{BEGIN}\n\n{evaluation_markdown(lines, before, whole)}\n\n{END}"
+    with suppress(*DAMAGED):  # nor may what made it before
+        dense = {**story(made)[0]["evaluation"]["before"]} if story(made)[1:] else None
+    whole = "Base model" if any(map(is_shrunk, story(made))) else "Dense model"
+    told = evaluation_markdown(lines, dense, whole, before, TRAINING_COSTS)
     return f"{BEGIN}\n\n{told}\n\n{END}"
 
 
@@ -253,27 +233,30 @@ def _own_code(directory: Path) -> bool:
 
 
 def _making(directory: Path, report: Report) -> str:
-    pruned, plan = report["pruned"], report["plan"]
     flag = ["--trust-remote-code"] if _own_code(directory) else []
-    source, lines, parts = plan["model"]["name"], [], []
-    if pruned:
-        command, did = making_words(pruned["plan"]), "shrunk" if is_shrunk(pruned) else "pruned"
-        target = did.upper() if _repacked(report) else "OUTPUT"
-        source = did.upper() if command else source
-        lines += [shlex.join([*command[:3], target, *command[3:], *flag])] if command else []
-        if command is None:
+    steps = _steps(report)
+    source, lines, parts, names = None, list[str](), list[str](), list[str]()
+    for step in steps:
+        command, plan, did = making_words(step["plan"]), step["plan"], DID[command_of(step)]
+        names.append(did.upper())
+        again = names.count(did.upper())
+        target = "OUTPUT" if step is steps[-1] else did.upper() + (f"-{again}" if again > 1 else "")
+        if command:
+            lines.append(shlex.join([*command[:2], source or command[2], target, *command[3:], *flag]))
+        else:
             parts.append(
                 f"It was {did} from Python, with what no command line can name; `secateur.json` has the whole plan."
             )
-        if not isinstance(rules := pruned["plan"].get("allocation", "uniform"), str):
+        source = target if command else None
+        if not isinstance(rules := rules_of(plan), str):
             allocation = yaml.safe_dump(rules, sort_keys=False, width=10**6).rstrip()
             parts.append(f"{ALLOCATION}:\n\n{markdown_fence(allocation, 'yaml')}")
-    if _repacked(report) and (command := making_words(plan)):
-        lines.append(shlex.join([*command[:2], source, "OUTPUT", *command[3:], *flag]))
     if lines:
         parts.insert(0, markdown_fence("\n".join(map(plain, lines))))
-    made = dict.fromkeys(versions(one["plan"]["software"]) for one in (pruned or report, report))
+    made = dict.fromkeys(versions(one["plan"]["software"]) for one in steps)
     digests = "Digests of the model and of the calibration tokens, and what every matrix lost, are in `secateur.json`."
+    if is_trained(report["pruned"]):
+        digests = "Digests of models and tokens, all losses, and what every matrix became, are in `secateur.json`."
     return "\n\n".join([*parts, f"With {'; then with '.join(made)}. {digests}"])
 
 

@@ -27,17 +27,27 @@ from .text import (
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)  # records not as we write them
 
 
-def evaluation_markdown(lines: Sequence[Row], dense: Row | None, whole: str = "Dense model") -> str:
+COSTS = "Pruning in one shot costs quality."
+
+
+def evaluation_markdown(
+    lines: Sequence[Row],
+    dense: Row | None,
+    whole: str = "Dense model",
+    begun: Row | None = None,
+    costs: str = COSTS,
+) -> str:
     """Return what was measured on one model, of each kind the newest, and what that leaves open.
 
     Args:
         lines: evaluations as ``evaluations.jsonl`` has them, oldest first; what cannot be read in them is left out.
         dense: an evaluation of the dense model, for perplexities on the same tokens that have no other to compare with.
         whole: what the model that it is compared with is called.
+        begun: an evaluation of the model before it was trained, if it was.
+        costs: what is to be said of quality in any case.
     """
-    if dense:
-        same = [all(line.get(key) == dense.get(key) for key in TOKENS) and not line.get("against") for line in lines]
-        lines = [{**line, "against": dense} if fits else line for line, fits in zip(lines, same, strict=True)]
+    for what, other in (("against", dense), ("begun", begun)):
+        lines = [{**line, what: other} if other and _fits(line, other, what) else line for line in lines]
     perplexities, task_tables = partial(_perplexities, whole=whole), partial(_task_tables, whole=whole)
     texts = _newest(lines, lambda line: [line[key] for key in TOKENS[:3]], perplexities)
     tasks = _newest(lines, lambda line: [(r["task"], r["shots"]) for r in line["tasks"]["results"]], task_tables)
@@ -45,15 +55,17 @@ def evaluation_markdown(lines: Sequence[Row], dense: Row | None, whole: str = "D
     shown = [
         show(found) for show, found in ((perplexities, texts), (task_tables, tasks), (_speed_table, speeds)) if found
     ]
-    return "\n\n".join([*shown, _limits(texts, tasks)])
+    return "\n\n".join([*shown, _limits(texts, tasks, costs)])
 
 
 TOKENS = ("text", "seqlen", "windows", "tokens", "available_tokens")
 MEASURED: list[Column] = [
     ("Perplexity on", "l", lambda line: measured_on(line)),
     ("Dense model", "r", lambda line: rounded(line["against"]["perplexity"]) if _compared(line) else None),
+    ("Before training", "r", lambda line: rounded(line["begun"]["perplexity"]) if line.get("begun") else None),
     ("This model", "r", lambda line: rounded(line["perplexity"])),
     ("Ratio", "r", lambda line: _ratio(line["perplexity"], line["against"]["perplexity"]) if _compared(line) else None),
+    ("Ratio to before", "r", lambda line: _ratio(line["perplexity"], get_at("begun", "perplexity")(line))),
     ("KL, nats", "r", shown("{:.3g}".format, "fidelity", "kl")),
     ("Top-1", "r", shown("{:.1%}".format, "fidelity", "top1")),
     ("Measured", "l", lambda line: _day(line)),
@@ -70,6 +82,11 @@ def _newest(lines: Sequence[Row], key: Callable[[Row], Any], show: Callable[[Seq
             found.pop(name, None)
             found[name] = line
     return list(found.values())
+
+
+def _fits(line: Row, other: Row, what: str) -> bool:
+    """Whether a line has nothing of that name to compare with, and another was measured on the same tokens."""
+    return not line.get(what) and all(line.get(key) == other.get(key) for key in TOKENS)
 
 
 def _compared(line: Row) -> bool:
@@ -157,15 +174,15 @@ def _speed_table(lines: Sequence[Row]) -> str:
     return f"{markdown_table(header, rows, 'l' + 'r' * (len(header) - 1))}\n\n{conditions}"
 
 
-def _limits(texts: Sequence[Row], tasks: Sequence[Row]) -> str:
+def _limits(texts: Sequence[Row], tasks: Sequence[Row], costs: str) -> str:
     names = [f"perplexity on {markdown_code(name)}" for name in dict.fromkeys(line["text"] for line in texts)]
     names += dict.fromkeys(markdown_code(r["task"]) for line in tasks for r in line["tasks"]["results"])
     if not names:
         return (
-            "Pruning in one shot costs quality. How much was not measured on this model: do that with your own text "
+            f"{costs} How much was not measured on this model: do that with your own text "
             "and tasks before you rely on it."
         )
     return (
-        f"Pruning in one shot costs quality. What is known of it here is {', '.join(names)}; other texts, languages "
+        f"{costs} What is known of it here is {', '.join(names)}; other texts, languages "
         "and tasks, long contexts, instructions and safety were not measured, and may have suffered more."
     )

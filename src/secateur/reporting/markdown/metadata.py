@@ -12,6 +12,7 @@ import yaml
 from ...models.source import SMOLLM2
 from ...pruning import METHODS
 from ..removed import is_shrunk
+from ..trained import is_trained, story, value_format
 from .text import plain
 
 HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?"
@@ -39,19 +40,25 @@ def metadata(report: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     """Return the head of a card, of its report and the metadata of its source."""
     pruned, plan = report["pruned"], report["plan"]
     base = report["base_model"]
-    shrunk = is_shrunk(pruned)
-    method = pruned["plan"]["method"].partition(":")[0] if pruned and not shrunk else ""
+    shrunk, rounded = is_shrunk(pruned), plan.get("values") or (report["packed"] and value_format(pruned or report))
+    method = "" if shrunk or not pruned else _method(pruned)
     tags = ["pruned"] if pruned else []
     if not shrunk and (pruned or not plan.get("values")):  # rounding alone packs a dense model too
         tags.append("sparse")
     tags += ["secateur", *([method] if method in METHODS else [])]
     data = {"base_model": base}
-    if base and plan.get("values"):  # the hub knows finetune, adapter, merge and quantized; pruning is none of them
-        data["base_model_relation"] = "quantized"
+    if base and (rounded or is_trained(pruned)):  # the hub knows finetune, adapter, merge, quantized; but no pruning
+        data["base_model_relation"] = "quantized" if rounded else "finetune"
     data |= {key: carried(source.get(key)) for key in CARRIED}
     data |= {"library_name": "transformers", "tags": tags}
     kept = {key: value for key, value in data.items() if value}
     return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10**6)}---"
+
+
+def _method(report: Mapping[str, Any]) -> str:
+    """The last method by which weights were chosen, in one shot or in the course of training."""
+    plans = [one["plan"].get("course") or one["plan"] for one in reversed(story(report))]
+    return next((str(plan["method"]).partition(":")[0] for plan in plans if "method" in plan), "")
 
 
 def carried(value: Any, pattern: str = ".+") -> Any:

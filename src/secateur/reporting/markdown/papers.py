@@ -78,6 +78,31 @@ REAP = Paper(
     "2025", "https://arxiv.org/abs/2510.13999",
 )  # fmt: skip
 
+PERP = Paper(
+    "PERP", "Max Zimmer, Megi Andoni, Christoph Spiegel, Sebastian Pokutta",
+    "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs",
+    "2023", "https://arxiv.org/abs/2312.15230",
+)  # fmt: skip
+
+# How sparsity rises while a model is trained: by the name of the schedule, or in rounds.
+SCHEDULE_PAPERS = {
+    "cubic": Paper(
+        "Gradual pruning", "Michael Zhu, Suyog Gupta",
+        "To prune, or not to prune: exploring the efficacy of pruning for model compression",
+        "2017", "https://arxiv.org/abs/1710.01878",
+    ),
+    "one-cycle": Paper(
+        "One-cycle pruning", "Nathan Hubens, Matei Mancas, Bernard Gosselin, Marius Preda, Titus Zaharia",
+        "One-Cycle Pruning: Pruning ConvNets Under a Tight Training Budget",
+        "2021", "https://arxiv.org/abs/2107.02086",
+    ),
+    "rounds": Paper(
+        "Iterative pruning", "Song Han, Jeff Pool, John Tran, William J. Dally",
+        "Learning both Weights and Connections for Efficient Neural Networks",
+        "NIPS 2015", "https://arxiv.org/abs/1506.02626",
+    ),
+}  # fmt: skip
+
 
 def cited(paper: Paper) -> str:
     """Return a paper as a table's cell shows it."""

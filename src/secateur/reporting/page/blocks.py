@@ -39,15 +39,21 @@ def _mean(values: Sequence[tuple[int, float]]) -> float:
 
 def pruned_blocks(run: Report) -> Section:
     """Where the zeros and the errors are, and where the time went."""
-    pictures = []
-    if cells := by_kind(run["matrices"], "sparsity"):
-        says = _extremes(cells, "Sparsity", percent)
-        axis = Axis("Sparsity, zeros / weights", percent=True)
-        pictures.append(_heat("sparsity", "Sparsity of each kind of matrix", says, cells, axis, share))
+    pictures = sparsity_by_kind(run["matrices"])
     if cells := by_kind(run["matrices"], "output_error"):
         pictures.append(errors_by_kind(cells))
     pictures += pictures_by_block(run["blocks"])
     return Section("blocks", "Blocks and matrices", text=_words_on_blocks(run), pictures=pictures)
+
+
+def sparsity_by_kind(matrices: Sequence[Report]) -> list[Picture]:
+    """The zeros in each kind of matrix in each block."""
+    cells = by_kind(matrices, "sparsity")
+    if not cells:
+        return []
+    says = _extremes(cells, "Sparsity", percent)
+    axis = Axis("Sparsity, zeros / weights", percent=True)
+    return [_heat("sparsity", "Sparsity of each kind of matrix", says, cells, axis, share)]
 
 
 def errors_by_kind(cells: Mapping[tuple[str, int], float]) -> Picture:

@@ -37,13 +37,13 @@ class Series:
         label: its name in the legend.
         points: x, y, and how far the interval reaches below and above, along the axis that has intervals.
         colour: a number; series of one colour are alike.
-        mark: a number of a mark's shape.
+        mark: a number of a mark's shape, or None for a line alone.
         dash: a number of a line's kind, or None for points that no line joins.
     """
 
     label: str
     colour: int
-    mark: int
+    mark: int | None
     dash: int | None = None
     points: list[tuple[float, float, float, float]] = field(default_factory=list)
 
@@ -181,7 +181,7 @@ def scatter(
 
 def _points(axes: Axes, one: Series, points: Sequence[tuple[float, float, float, float]]) -> None:
     """Draw points, their intervals along x, and the line that joins them."""
-    colour, marker = SERIES[one.colour % len(SERIES)], MARKERS[one.mark % len(MARKERS)]
+    colour, marker = SERIES[one.colour % len(SERIES)], "" if one.mark is None else MARKERS[one.mark % len(MARKERS)]
     style = "none" if one.dash is None else DASHES[one.dash % len(DASHES)]
     if any(low or high for _, _, low, high in points):
         reach = [[low for *_, low, _ in points], [high for *_, high in points]]

@@ -6,29 +6,30 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..commands import making_command
-from ..removed import is_shrunk
+from ..commands import making_command, rules_of
+from ..trained import DID, command_of, story
 from . import speed
 from .parts import Section
 from .records import Records
 from .wording import counted, listing
 
+# What each command did, where it is one of several.
+VERBS = {**DID, "shrink": "shrank"}
 
-def reproduce(records: Records, run: Mapping[str, Any] | None) -> Section:
+
+def reproduce(records: Records) -> Section:
     """Everything that is needed to do it again."""
-    plan = records.report["plan"]
-    packing = "command" in plan and run is not None
-    did = "shrank" if is_shrunk(run) else "pruned"
-    makers = [("The command that packed it" if packing else "The command", making_command(plan, records.name))]
-    plans = [plan]
-    if run and run["plan"] is not plan:
-        makers.insert(0, (f"The command that {did} it", making_command(run["plan"], plan["model"]["name"])))
-        plans.insert(0, run["plan"])
-    code = [(what, line or "# made from Python, with what no command line can name") for what, line in makers]
-    for one in plans:
-        if one.get("allocation", "uniform") != "uniform":
-            code.append(("allocation.yaml", json.dumps(one["allocation"], indent=1, ensure_ascii=False)))
-    facts = [fact for one in plans for fact in _facts(one)]
+    steps = story(records.report)
+    plans = [step["plan"] for step in steps]
+    outputs = [*(plan["model"]["name"] for plan in plans[1:]), records.name]
+    code = []
+    for step, plan, output in zip(steps, plans, outputs, strict=True):
+        what = "The command" if len(steps) == 1 else f"The command that {VERBS[command_of(step)]} it"
+        code.append((what, making_command(plan, output) or "# made from Python, with what no command line can name"))
+    for plan in plans:
+        if (rules := rules_of(plan)) != "uniform":
+            code.append(("allocation.yaml", json.dumps(rules, indent=1, ensure_ascii=False)))
+    facts = [fact for plan in plans for fact in _facts(plan)]
     if bench := speed.bench_of(records):
         facts.append(("Speeds measured on", f"{bench['processor']}, {counted(bench['threads'], 'thread')}"))
     return Section("reproduce", "To do it again", code=code, facts=list(dict.fromkeys(facts)))
@@ -38,19 +39,17 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, calibration, facts = plan["model"], plan.get("calibration"), []
     facts.append(("Model", model["name"]))
     facts.append(("Digest of the model (SHA-256)", model.get("digest") or "none: the model was in memory"))
+    if teacher := plan.get("teacher"):
+        facts.append(("Teacher", teacher["name"]))
+        facts.append(("Digest of the teacher (SHA-256)", teacher.get("digest") or "none"))
     if calibration:
-        facts.append(
-            (
-                "Calibration",
-                f"{calibration['samples']} sequences of {calibration['seqlen']} tokens, {calibration['tokens']:,} in "
-                f"all, of {calibration['source']}; seed {calibration['seed']}",
-            )
-        )
-        facts.append(("Digest of the calibration tokens", calibration.get("digest") or "none"))
+        facts += _text("Calibration", "calibration", calibration)
     elif "method" in plan:
         facts.append(("Calibration", "none: the method needs none"))
     elif "criterion" in plan:
         facts.append(("Calibration", "none: nothing was observed"))
+    if data := plan.get("data"):
+        facts += _text("Training text", "training", data)
     if "threads" in plan:
         facts.append(("Computed with", f"{counted(plan['threads'], 'thread')}, {plan.get('device') or 'cpu'}"))
     if plan.get("micro_batch_tokens"):
@@ -58,3 +57,11 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     software = plan.get("software") or {}
     facts.append(("Software", listing(f"{name} {version}" for name, version in software.items()) or "not recorded"))
     return facts
+
+
+def _text(title: str, of: str, tokens: Mapping[str, Any]) -> list[tuple[str, str]]:
+    said = (
+        f"{tokens['samples']} sequences of {tokens['seqlen']} tokens, {tokens['tokens']:,} in all, of "
+        f"{tokens['source']}; seed {tokens['seed']}"
+    )
+    return [(title, said), (f"Digest of the {of} tokens", tokens.get("digest") or "none")]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..removed import is_shrunk
+from ..trained import first_model, is_trained
 from ..words import number, size
 from . import quality, speed
 from .blocks import pruned_blocks
@@ -14,6 +15,7 @@ from .making import reproduce
 from .parts import Card, Page, Section
 from .records import Records
 from .shrunk import cut_section, removed_section, removed_words
+from .trained import matrices_section, trained_words, training_section
 from .wording import counted, percent, ratio, short
 
 Report = Mapping[str, Any]
@@ -22,9 +24,8 @@ Report = Mapping[str, Any]
 def model_page(records: Records) -> Page:
     """Put together the page of one model."""
     maker = _maker(records)
-    shrunk = maker if is_shrunk(maker) else None
-    run = None if shrunk else maker
-    dense = (maker or records.report)["plan"]["model"]["name"]
+    run = None if is_shrunk(maker) or is_trained(maker) else maker
+    dense = first_model(records.report)
     sections = [
         Section("summary", "In short", cards=_cards(records, run, dense)),
         Section(
@@ -33,18 +34,27 @@ def model_page(records: Records) -> Page:
             tables=quality.perplexity_table(records),
             pictures=quality.tasks_picture(records) + quality.fidelity_picture(records),
         ),
-        *([removed_section(shrunk), cut_section(shrunk)] if shrunk else [pruned_blocks(run)] if run else []),
+        *_made(maker),
         Section("size", "Size and speed", tables=bytes_tables(records.report) + speed.speed_tables(records)),
         Section("generations", "What it writes", samples=quality.samples(records, dense)),
         quality.history(records),
-        reproduce(records, maker),
+        reproduce(records),
     ]
     files = "plan.json and journal.jsonl" if records.kind == "unfinished" else "secateur.json and evaluations.jsonl"
-    return Page(_title(records), _kind(records), _lead(records, run, shrunk), sections, files, _note(records))
+    return Page(_title(records), _kind(records), _lead(records, maker, run), sections, files, _note(records))
+
+
+def _made(maker: Report | None) -> list[Section]:
+    """What was done to a model, by what did it."""
+    if maker is None:
+        return []
+    if is_shrunk(maker):
+        return [removed_section(maker), cut_section(maker)]
+    return [training_section(maker), matrices_section(maker)] if is_trained(maker) else [pruned_blocks(maker)]
 
 
 def _maker(records: Records) -> Report | None:
-    """The report of the pruning: this one, or that of the model that was packed, which may have been shrunk instead."""
+    """The report of what made the model: this one, or that of the model that was packed."""
     if records.kind == "packed" or "command" in records.report["plan"]:
         return records.report.get("pruned")
     return records.report
@@ -66,7 +76,7 @@ def _title(records: Records) -> str:
     return f"{name}, {percent(reached, 0)} removed by {short(plan['method'], 60)}"
 
 
-def _lead(records: Records, run: Report | None, shrunk: Report | None) -> str:
+def _lead(records: Records, maker: Report | None, run: Report | None) -> str:
     """A few sentences that say what was done, what it cost and what it gained."""
     said = []
     plan = records.report["plan"]
@@ -78,8 +88,8 @@ def _lead(records: Records, run: Report | None, shrunk: Report | None) -> str:
             f"Of {run['weights']:,} weights in the selected matrices, {run['zeros']:,} ({percent(run['sparsity'])}) "
             f"are zero; {short(run['plan']['method'], 60)} chose them, pattern {short(run['plan']['pattern'], 40)}."
         )
-    if shrunk:
-        said.append(removed_words(shrunk))
+    elif maker:
+        said.append(removed_words(maker) if is_shrunk(maker) else trained_words(maker))
     (before, after), of = quality.perplexities(records)
     if before and after:
         said.append(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..trained import is_trained
 from ..words import number, windows
 from .charts import Axis, Series, by_block_chart, intervals
 from .parts import Card, Cell, Picture, Sample, Section, Table, by_block, numeric, plain, words
@@ -40,9 +41,10 @@ def perplexities(records: Records) -> tuple[Pair, str]:
     if line:
         against = line.get("against")
         return ({**line, **against} if against and "loss" in against else None, line), ""
-    former = (records.report.get("pruned") or {}).get("evaluation")
-    if former:
-        return (former["before"], former["after"]), "of the pruned model, before it was packed"
+    made = records.report.get("pruned") or {}
+    if former := made.get("evaluation"):
+        did = "trained" if is_trained(made) else "pruned"
+        return (former["before"], former["after"]), f"of the {did} model, before it was packed"
     return (None, None), ""
 
 
@@ -51,7 +53,8 @@ def perplexity_card(records: Records, dense: str) -> Card:
     (before, after), of = perplexities(records)
     title = "Perplexity"
     if after is None and before is not None:
-        return Card(title, number(before.get("perplexity")), f"of the dense model; {windows(before)}")
+        model = "model before training" if is_trained(records.report) else "dense model"
+        return Card(title, number(before.get("perplexity")), f"of the {model}; {windows(before)}")
     if after is None:
         return Card(title, "", missing=measuring("eval", records.name, "--against", dense))
     value = number(after.get("perplexity"))

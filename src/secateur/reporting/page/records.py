@@ -11,11 +11,14 @@ from typing import Any
 from ...errors import DataError, OutputError
 from .shapes import (
     COMPARISON,
+    ENDED,
     JOURNAL_BLOCK,
     PACKED,
     PLAN,
+    SAVED,
     SHRINK_PLAN,
     SHRUNK_BLOCK,
+    TRAINING_PLAN,
     a_step,
     check,
     evaluation_line,
@@ -33,7 +36,7 @@ class Records:
     """What a page is made of.
 
     Attributes:
-        kind: ``pruned``, ``packed`` (or unpacked), ``shrunk``, ``unfinished`` or ``comparison``.
+        kind: ``pruned``, ``packed`` (or unpacked), ``shrunk``, ``trained``, ``unfinished`` or ``comparison``.
         name: the directory's or file's own name, without its place.
         report: ``secateur.json``; of an unfinished run what its plan and journal say; empty for a comparison.
         evaluations: lines of ``evaluations.jsonl``, oldest first.
@@ -53,8 +56,8 @@ def load_records(path: Path) -> Records:
     """Read what lies at `path`.
 
     Args:
-        path: OUTPUT of prune, pack or shrink; the run directory of an unfinished run, or the OUTPUT that it is to
-            make; a directory with ``comparison.json``, or such a file, which may hold several documents.
+        path: OUTPUT of prune, shrink, finetune or pack; the run directory of an unfinished run, or the OUTPUT that it
+            is to make; a directory with ``comparison.json``, or such a file, which may hold several documents.
 
     Raises:
         OutputError: nothing of ours lies there.
@@ -75,7 +78,8 @@ def load_records(path: Path) -> Records:
     if not path.exists():
         raise OutputError(f"{path}: no such file or directory")
     raise OutputError(
-        f"{path}: Secateur did not write it; give the OUTPUT of prune, shrink or pack, a run directory, or a comparison"
+        f"{path}: Secateur did not write it; give the OUTPUT of prune, shrink, finetune or pack, a run directory, or a "
+        "comparison"
     )
 
 
@@ -84,8 +88,9 @@ def _finished(path: Path, name: str) -> Records:
     _check_schema(report, path / REPORT)
     plan = report.get("plan")
     command = plan.get("command", "prune") if isinstance(plan, dict) else "prune"
-    kind = {"prune": "pruned", "shrink": "shrunk"}.get(str(command), "packed")
+    kind = {"prune": "pruned", "shrink": "shrunk", "finetune": "trained"}.get(str(command), "packed")
     check(report, PACKED if kind == "packed" else made_by(report), f"{path / REPORT}")
+    report = _with_sound_past(report)
     lines = list(_lines(path / EVALUATIONS))
     for number, line in enumerate(lines, 1):
         where = f"{path / EVALUATIONS}: line {number}"
@@ -94,10 +99,24 @@ def _finished(path: Path, name: str) -> Records:
     return Records(kind, name, report, lines)
 
 
+def _with_sound_past(report: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a model was before it was trained, if that is damaged: it came with the model."""
+    for key in ("former", "pruned"):
+        if (before := report.get(key)) is not None:
+            try:
+                check(before, made_by(before), key)
+                report = {**report, key: _with_sound_past(before)}
+            except DataError:
+                report = {**report, key: None}
+    return report
+
+
 def _unfinished(path: Path, name: str) -> Records:
     """The plan and the journal of a run, put together as ``secateur.json`` would be."""
     plan = _one(path / FROZEN_PLAN)
     command = plan.get("command", "prune")
+    if command == "finetune":
+        return _training(path, name, plan)
     shapes = {"prune": (PLAN, JOURNAL_BLOCK), "shrink": (SHRINK_PLAN, SHRUNK_BLOCK)}
     plan_shape, block_shape = shapes.get(str(command), (PACKED["plan"], {"block": int}))
     check(plan, plan_shape, f"{path / FROZEN_PLAN}")
@@ -116,6 +135,26 @@ def _unfinished(path: Path, name: str) -> Records:
     report = {"schema": SCHEMA, "plan": plan, "steps": list(steps.values()), "blocks": blocks, "matrices": matrices}
     report["evaluation"] = {"before": before, "after": None} if before else None
     return Records("unfinished", name, report, blocks=_count_of_blocks(path, plan["model"]["name"]))
+
+
+def _training(path: Path, name: str, plan: dict[str, Any]) -> Records:
+    """The plan and the journal of an unfinished training, put together as ``secateur.json`` would be."""
+    check(plan, TRAINING_PLAN, f"{path / FROZEN_PLAN}")
+    lines = list(_lines(path / JOURNAL))
+    saved = [line for line in lines if line.get("step") == "saved"]
+    for line in saved:
+        check(line, SAVED, f"{path / JOURNAL}: a checkpoint")
+    ended = next((line for line in lines if line.get("step") == "trained"), None)
+    check({"ended": ended}, {"ended?": ENDED}, f"{path / JOURNAL}: the end")
+    evaluated = {str(line.get("evaluated")): line.get("result") for line in lines if "evaluated" in line}
+    check(evaluated, {"before?": evaluation_line, "after?": evaluation_line}, f"{path / JOURNAL}: an evaluation")
+    before = evaluated.get("before")
+    report = {
+        "schema": SCHEMA, "plan": plan, "training": ended, "matrices": ended["matrices"] if ended else [],
+        "at": saved[-1]["at"] if saved else 0, "seconds": {"training": sum(line["seconds"] for line in saved)},
+        "evaluation": {"before": before, "after": evaluated.get("after")} if before else None,
+    }  # fmt: skip
+    return Records("unfinished", name, report)
 
 
 def _count_of_blocks(path: Path, model: str) -> int | None:

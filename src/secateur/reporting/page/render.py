@@ -7,13 +7,15 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..removed import is_shrunk
+from ..trained import command_of
 from .comparison import comparison_page
 from .pruned import model_page
 from .records import Records
 from .shrunk import shrunk_page
+from .trained import trained_page
 from .wording import tidy
 
+PAGES = {"shrink": shrunk_page, "finetune": trained_page}
 BEGINNING = b"<!DOCTYPE html>"
 
 
@@ -44,7 +46,7 @@ def render_page(records: Records) -> str:
     if records.kind == "comparison":
         page = comparison_page(records)
     else:
-        page = shrunk_page(records) if is_shrunk(records.report) else model_page(records)
+        page = PAGES.get(command_of(records.report), model_page)(records)
     sections = [section for section in page.sections if not section.empty]
     environment = Environment(
         loader=PackageLoader("secateur", "reporting/page"),

@@ -134,10 +134,87 @@ SHRUNK: dict[str, Any] = {
 }
 
 
+COURSE = {
+    "sparsity?": NUMBER,
+    "pattern?": str,
+    "method": str,
+    "rounds?": int,
+    "initial?": NUMBER,
+    "schedule?": str,
+    "every?": int,
+    "samples?": int,
+    "include?": [str],
+    "exclude?": [str],
+}
+
+
+def a_course(value: Any) -> dict[str, Any]:
+    """How a model was pruned while it was trained: in rounds, or gradually."""
+    gradually = isinstance(value, dict) and value.get("rounds") is None
+    return {**COURSE, "initial": NUMBER, "schedule": str, "every": int} if gradually else COURSE
+
+
+TRAINING_PLAN = {
+    "command": str,
+    "model": MODEL,
+    "data": CALIBRATION,
+    "train": str,
+    "steps": int,
+    "batch_size": int,
+    "accumulate": int,
+    "learning_rate": NUMBER,
+    "rank?": int,
+    "teacher?": MODEL,
+    "course?": a_course,
+    "eval_steps": int,
+    "seed": int,
+    "device?": str,
+    "threads": int,
+    "evaluate?": {"source": str, "seqlen?": int},
+    "software?": {},
+}
+
+
+def a_point(value: Any) -> Any:
+    """A step and its loss, which may be no number."""
+    sound = isinstance(value, list) and len(value) == 2 and type(value[0]) is int
+    return [OR_NOT] if sound else ()
+
+
+TRAINING = {
+    "loss": str,
+    "steps": int,
+    "stopped?": int,
+    "trainable": int,
+    "losses": [a_point],
+    "held_out": [a_point],
+    "held_out_rows": int,
+}
+TRAINED_MATRIX = {"name": str, "shape": [int], "zeros": NUMBER, "sparsity": NUMBER, "zeros_before": NUMBER}
+SAVED = {"step": str, "at": int, "seconds": NUMBER}
+ENDED = {**TRAINING, "matrices": [TRAINED_MATRIX], "seconds": NUMBER}
+TRAINED: dict[str, Any] = {
+    "plan": TRAINING_PLAN,
+    "sparsity": NUMBER,
+    "sparsity_before": NUMBER,
+    "weights": NUMBER,
+    "zeros": NUMBER,
+    "training": TRAINING,
+    "matrices": [TRAINED_MATRIX],
+    "seconds": {"training": NUMBER},
+    "peak_memory_bytes?": NUMBER,
+    "bytes": {"source_files": NUMBER, "dense_16_bit": NUMBER, "output": NUMBER},
+    "packed?": BYTES_PACKED,
+    "evaluation?": {"before": {**EVALUATION, **MEASURED}, "after": {**EVALUATION, **MEASURED}},
+}
+
+
 def made_by(value: Any) -> dict[str, Any]:
-    """The report of what was pruned, or of what was shrunk."""
+    """The report of what was done to a model, by its command."""
     plan = value.get("plan") if isinstance(value, dict) else None
-    return SHRUNK if isinstance(plan, dict) and plan.get("command") == "shrink" else PRUNED
+    command = plan.get("command") if isinstance(plan, dict) else None
+    shapes = {"shrink": SHRUNK, "finetune": TRAINED, "pack": PACKED, "unpack": PACKED}
+    return shapes.get(command, PRUNED) if isinstance(command, str) else PRUNED
 
 
 PACKED: dict[str, Any] = {

@@ -38,7 +38,7 @@ def shrunk_page(records: Records) -> Page:
         Section("size", "Size and speed", tables=bytes_tables(report) + speed.speed_tables(records)),
         Section("generations", "What it writes", samples=quality.samples(records, name)),
         quality.history(records),
-        reproduce(records, None),
+        reproduce(records),
     ]
     if finished:
         gone = percent(removed_share(report["parameters"]), 1)
