@@ -79,3 +79,18 @@ def test_what_cannot_be(sparse, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(secateur.OptionError, match="LoRA needs peft: pip install peft"):
         secateur.masked_lora(sparse)
+
+
+def test_a_trainer_keeps_zeros_beside_adapters(sparse, tmp_path):
+    """An adapter's B is all zeros at first, which are none to be kept."""
+    from transformers import Trainer, TrainingArguments
+
+    before = zeros(sparse)
+    wrapped = secateur.masked_lora(sparse, rank=4)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+    Trainer(wrapped, args, train_dataset=data, callbacks=[secateur.KeepSparsity()]).train()
+    assert all((p != 0).any() for name, p in wrapped.named_parameters() if "lora_B" in name)
+    assert same_zeros(before, zeros(secateur.merge_lora(wrapped)))

@@ -59,14 +59,14 @@ def finetune(
         model: directory, hub id, ``.gguf`` file, or ``smollm2``.
         output: directory of the new checkpoint.
         data: to train on: a SOURCE, strings, token ids [rows, seqlen], records, or a tokenizer's batch; text is cut
-            into windows. A tenth of the rows, at most 32, is held out, and says which checkpoint is the best.
+            into windows. Up to 32 rows are held out, and say which checkpoint is the best.
         train: ``full``, ``lora`` (adapters under the mask, merged in the end; needs peft) or ``bias`` (biases and
             norms); None is ``lora``, and ``full`` where the model is pruned on the way.
         steps: of the optimiser (AdamW; the learning rate rises for 5 % of the steps and then falls to 0).
         batch_size: rows of a forward.
         accumulate: forwards of a step.
         seqlen: tokens of a window; None is min(512, context).
-        learning_rate: at its highest; None is 5e-5 for ``full``, 5e-4 for ``lora``, 2e-3 for ``bias``.
+        learning_rate: at its highest; None is 1e-4 for ``full``, 1e-3 for ``lora``, 2e-3 for ``bias``.
         rank: of the adapters.
         teacher: a model whose predictions are learnt in place of the text, as a rule the one that was pruned.
         sparsity: fraction of weights removed in the end; None with a pattern or rounds is 0.5, or what N:M implies.

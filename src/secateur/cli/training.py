@@ -33,7 +33,9 @@ def finetune(
     output: Output,
     data: Annotated[
         str,
-        typer.Option(metavar="SOURCE", help=f"Text to train on: {SOURCE}; a tenth is held out.", show_default=False),
+        typer.Option(
+            metavar="SOURCE", help=f"Text to train on: {SOURCE}; up to 32 rows are held out.", show_default=False
+        ),
     ],
     train: Annotated[
         str | None,
@@ -47,7 +49,7 @@ def finetune(
     accumulate: Annotated[int, typer.Option(help="Forwards of a step.")] = 1,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a row.", show_default="512 or the context")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At its highest.", show_default="full 5e-5, lora 5e-4, bias 2e-3")
+        float | None, typer.Option(help="At its highest.", show_default="full 1e-4, lora 1e-3, bias 2e-3")
     ] = None,
     rank: Annotated[int, typer.Option(help="Of LoRA's adapters.")] = 16,
     teacher: Annotated[

@@ -166,9 +166,18 @@ def _clear(values: Tensor, bits: Tensor) -> None:
 
 
 def model_matrices(model: PreTrainedModel) -> dict[str, Matrix]:
-    """Return the matrices of all blocks of a model in memory, by name."""
+    """Return the matrices of all blocks of a model in memory, by name; those of adapters are none of the model's."""
     path, blocks = find_blocks(model)
-    return {n: m for index, block in enumerate(blocks) for n, m in matrices(block, f"{path}.{index}").items()}
+    found = {n: m for index, block in enumerate(blocks) for n, m in matrices(block, f"{path}.{index}").items()}
+    own = {id(module) for module in blocks.modules()} - set(map(id, _adapters(blocks)))
+    return {name: matrix for name, matrix in found.items() if id(matrix.module) in own}
+
+
+def _adapters(blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """The layers that peft has put beside those of a model."""
+    for layer in blocks.modules():
+        if hasattr(layer, "base_layer"):
+            yield from (m for name, m in layer.named_modules() if name and name.split(".")[0] != "base_layer")
 
 
 def check_trainable(model: PreTrainedModel) -> None:

@@ -50,7 +50,7 @@ class Recovery:
             SecateurError: there are no zeros to keep, or an option does not fit the model.
         """
         self.model, self.request = model, request
-        self.rows, self.held_out = divide(tokens)
+        self.rows, self.held_out = divide(tokens, request.rows)
         self.course = self._course(tokens)
         self.masks = self.course.masks if self.course else Masks.of(model)
         trained = {name for name, p in model.named_parameters() if request.trained == "full" or p.ndim <= 1}
@@ -182,7 +182,8 @@ class Recovery:
         return self.model
 
 
-def divide(tokens: Tokens) -> tuple[list[Tensor], list[Tensor]]:
-    """Hold out the last tenth of the rows, at most 32; of fewer than ten rows none."""
-    held = min(len(tokens.rows) // 10, MOST_HELD_OUT)
-    return tokens.rows[: len(tokens.rows) - held], tokens.rows[len(tokens.rows) - held :]
+def divide(tokens: Tokens, needed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Hold out the last rows: those that training does not need, a tenth at least, 32 at most; of fewer than ten none."""
+    count = len(tokens.rows)
+    held = min(max(count - needed, count // 10), MOST_HELD_OUT) if count >= 10 else 0
+    return tokens.rows[: count - held], tokens.rows[count - held :]

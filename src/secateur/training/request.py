@@ -15,7 +15,7 @@ from .rounds import check_rounds
 from .schedules import parse_schedule
 
 # What is trained, and the learning rate that goes with it.
-TRAIN = {"full": 5e-5, "lora": 5e-4, "bias": 2e-3}
+TRAIN = {"full": 1e-4, "lora": 1e-3, "bias": 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
