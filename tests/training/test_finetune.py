@@ -67,7 +67,7 @@ def test_what_is_not_trained_is_the_same_byte_for_byte(models, tmp_path):
 
 def test_the_best_checkpoint_is_kept(models, tmp_path):
     """What is learnt from the first rows is wrong for those held out, so the first measurement is the best."""
-    rows = torch.cat([torch.arange(3, 19).repeat(36, 1), torch.arange(3, 19).flip(0).repeat(4, 1)])
+    rows = torch.cat([torch.arange(3, 19).repeat(20, 1), torch.arange(3, 19).flip(0).repeat(20, 1)])
     options = {**QUICK, "train": "full", "eval_steps": 2, "learning_rate": 0.1}
     report = secateur.finetune(models / "pruned", tmp_path / "out", rows, **options)
     held = dict(report["training"]["held_out"])
@@ -139,9 +139,21 @@ def test_pruning_on_the_way_ends_exactly_at_the_target(options, pattern, models,
     assert {m["sparsity"] for m in report["matrices"]} == {target}
 
 
-def test_python_data_of_every_kind(models, tmp_path):
-    for number, data in enumerate([torch.arange(3, 67).reshape(4, 16), [TEXT] * 12, [{"text": TEXT * 3}]]):
-        secateur.finetune(models / "pruned", tmp_path / str(number), data, **QUICK)
+@pytest.mark.parametrize(
+    ("data", "rows", "tokens"),
+    [
+        (torch.arange(3, 67).reshape(4, 16), 4, 64),
+        ([TEXT] * 2, 24, 24 * 16),  # joined and cut, as a file is
+        (iter([TEXT] * 9), 52, 52 * 16),  # 52 are of use: 10 steps of 2, and 32 held out
+        ([{"text": TEXT}] * 2, 24, 24 * 16),
+        ([{"input_ids": list(range(3, 13)), "attention_mask": [1] * 7 + [0] * 3}] * 4, 4, 28),
+        ({"input_ids": torch.arange(3, 43).reshape(4, 10), "attention_mask": torch.ones(4, 10)}, 4, 40),
+    ],
+)
+def test_python_data_of_every_kind(data, rows, tokens, models, tmp_path):
+    report = secateur.finetune(models / "pruned", tmp_path / "out", data, **QUICK)
+    found = report["plan"]["data"]
+    assert (found["samples"], found["tokens"]) == (rows, tokens)
 
 
 def test_rows_of_several_lengths_are_filled_up_and_the_filling_counts_nowhere(models, tmp_path):
@@ -181,6 +193,13 @@ torch.set_num_threads(1)
 import secateur
 from secateur.training import trainer
 saves = 0
+from secateur.pipeline.run_directory import RunDirectory
+write = RunDirectory.write_block
+def killed_write(self, *args):
+    write(self, *args)
+    if os.environ["KILL"] == "written":
+        os.kill(os.getpid(), signal.SIGKILL)
+RunDirectory.write_block = killed_write
 note, save = trainer.Reporter.on_save, trainer.SparseTrainer.save_model
 def killed_note(self, *args, **kwargs):
     global saves
@@ -217,12 +236,12 @@ def test_killed_and_resumed_ends_the_same_bit_for_bit(course, models, tmp_path):
         **options,
     )
     expected = tensors_of(tmp_path / "whole")
-    for kill in ("after 1", "within 2"):
+    for kill in ("after 1", "within 2", "written"):
         out = tmp_path / kill.replace(" ", "-")
         words = [sys.executable, "-W", "ignore", "-c", KILLED, models / name, out, models / "text.txt", repr(options)]
         first = subprocess.run(words, env={**os.environ, "KILL": kill}, capture_output=True)
         assert first.returncode == -signal.SIGKILL, first.stderr
-        assert not out.exists() and (Path(f"{out}.secateur") / "trainer" / "checkpoint-3").exists()
+        assert not out.exists() and any((Path(f"{out}.secateur") / "trainer").glob("checkpoint-*"))
         second = subprocess.run(words, env={**os.environ, "KILL": ""}, capture_output=True)
         assert second.returncode == 0, second.stderr
         assert all(torch.equal(tensor, expected[n]) for n, tensor in tensors_of(out).items()), kill
@@ -244,7 +263,7 @@ def test_a_run_that_is_resumed_with_another_option_is_refused(models, tmp_path):
         "{}",
     ]
     subprocess.run(words, env={**os.environ, "KILL": "after 1"}, capture_output=True)
-    with pytest.raises(secateur.ResumeError, match=r"unfinished run with learning_rate 0.0005, not 0.01"):
+    with pytest.raises(secateur.ResumeError, match=r"unfinished run with learning_rate 0.001, not 0.01"):
         secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **{**QUICK, "eval_steps": 3})
 
 
@@ -252,36 +271,40 @@ def test_a_run_that_is_resumed_with_another_option_is_refused(models, tmp_path):
 
 
 def test_nan_ends_the_training_and_the_best_model_before_it_is_kept(models, tmp_path, monkeypatch, messages):
-    from secateur.training import trainer
+    from transformers import Trainer
 
-    step = trainer.SparseTrainer.training_step
-
-    def poisoned(self, *args, **kwargs):
-        loss = step(self, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 6 else loss
-
-    monkeypatch.setattr(trainer.SparseTrainer, "training_step", poisoned)
-    # the check sits in the method that is replaced, so it is asked again here
-    monkeypatch.setattr(trainer.SparseTrainer, "training_step", checked(poisoned))
+    step = Trainer.training_step
+    monkeypatch.setattr(
+        Trainer,
+        "training_step",
+        lambda self, *args: step(self, *args) * (float("nan") if self.state.global_step == 6 else 1),
+    )
     report = secateur.finetune(
         models / "pruned", tmp_path / "out", models / "text.txt", train="full", eval_steps=2, **QUICK
     )
     assert report["training"]["stopped"] == 7 and report["training"]["steps"] in (2, 4, 6)
     assert any("step 7" in line and "NaN" in line for line in messages)
-    assert all(torch.isfinite(W).all() for W in weights(tmp_path / "out").values())
+    assert all(torch.isfinite(tensor).all() for tensor in tensors_of(tmp_path / "out").values())
     assert Masks.of(loaded(tmp_path / "out")).sparsity == 0.5
 
 
-def checked(step):
-    from secateur.training.trainer import DivergedError
+@pytest.mark.parametrize("train", ["full", "bias"])
+def test_weights_that_become_nan_in_the_last_step_are_not_kept(train, models, tmp_path, monkeypatch):
+    """The loss of that step is still a number; a norm is not."""
+    from transformers import Trainer
 
-    def training_step(self, *args, **kwargs):
-        loss = step(self, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise DivergedError(self.state.global_step + 1)
+    step = Trainer.training_step
+
+    def poisoned(self, model, *args):
+        loss = step(self, model, *args)
+        if self.state.global_step == 9:
+            model.model.norm.weight.grad.fill_(float("nan"))
         return loss
 
-    return training_step
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    report = secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", train=train, **QUICK)
+    assert report["training"]["stopped"] == 10 and report["training"]["steps"] < 10
+    assert all(torch.isfinite(tensor).all() for tensor in tensors_of(tmp_path / "out").values())
 
 
 def test_nan_before_the_first_checkpoint_leaves_nothing(models, tmp_path):
@@ -308,7 +331,7 @@ def test_nan_before_the_first_checkpoint_leaves_nothing(models, tmp_path):
         ("pruned", {"seqlen": 4096}, "longer than the model's context"),
         ("pruned", {"data": "no-such-file.txt"}, "neither a file nor a known text"),
         ("pruned", {"data": []}, "is empty"),
-        ("pruned", {"data": [""]}, "holds no rows"),
+        ("pruned", {"data": [""]}, "less than one window"),
         ("pruned", {"schedule": "linear"}, "schedule: is for pruning on the way"),
         ("pruned", {"sparsity": 0.7, "rounds": 11}, "10 steps are fewer"),
         ("pruned", {"sparsity": 0.7, "rounds": 2, "schedule": "linear"}, "have their own course"),
@@ -317,11 +340,17 @@ def test_nan_before_the_first_checkpoint_leaves_nothing(models, tmp_path):
         ("pruned", {"teacher": "other"}, "has another vocabulary"),
         ("pruned", {"evaluate": ""}, "evaluate is empty"),
         ("pruned", {"eval_steps": 0}, "eval_steps 0"),
+        ("pruned", {"seed": -1}, "seed -1: at least 0"),
+        ("pruned", {"seed": 2**32}, "below 2"),
+        ("dense", {"sparsity": 0.3, "initial": 0.8}, "initial 0.8: is more than the 0.3"),
+        ("dense", {"sparsity": 0.3, "every": 10}, "every 10: new masks come every so many of 10 steps"),
+        ("pruned", {"teacher": "short"}, "its context is 8 tokens; give --seqlen 8"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(name, options, said, models, tmp_path):
-    if options.get("teacher") == "other":
-        options = {"teacher": str(save_tiny(tmp_path / "other", "llama", vocab_size=96))}
+    if (teacher := options.get("teacher")) in ("other", "short"):
+        changes = {"vocab_size": 96} if teacher == "other" else {"max_position_embeddings": 8}
+        options = {"teacher": str(save_tiny(tmp_path / "other", "llama", **changes))}
     options = {**QUICK, "data": models / "text.txt", **options}
     before = files_below(models)
     with pytest.raises(secateur.SecateurError, match=said) as error:
@@ -335,3 +364,52 @@ def test_a_text_of_less_than_a_window(models, tmp_path):
     (tmp_path / "short.txt").write_text("A bud.")
     with pytest.raises(secateur.DataError, match="less than one window of 16"):
         secateur.finetune(models / "pruned", tmp_path / "out", tmp_path / "short.txt", **QUICK)
+
+
+def test_tied_embeddings_that_lie_on_disk_twice_are_written_twice(models, tmp_path, tokenizer):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny(tmp_path / "tied", "llama-tied", tokenizer=tokenizer)
+    tensors = load_file(tmp_path / "tied" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    secateur.prune(tmp_path / "tied", tmp_path / "pruned", method="magnitude", progress=Silent())
+    secateur.finetune(tmp_path / "pruned", tmp_path / "out", models / "text.txt", train="full", **QUICK)
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert not torch.equal(found["lm_head.weight"], tensors["lm_head.weight"])
+
+
+def test_random_numbers_of_others_go_on(models, tmp_path):
+    import random
+
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = (torch.rand(1), random.random())
+    torch.manual_seed(5)
+    random.seed(5)
+    secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **QUICK)
+    assert (torch.rand(1), random.random()) == expected
+
+
+def test_one_step_trains(models, tmp_path):
+    secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **{**QUICK, "steps": 1})
+    before, after = weights(models / "pruned"), weights(tmp_path / "out")
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_in_float16_no_weight_that_is_kept_becomes_zero(models, tmp_path):
+    """Weights that training has brought within half of float16's smallest number."""
+    from safetensors.torch import load_file, save_file
+
+    secateur.prune(models / "dense", tmp_path / "half", method="magnitude", dtype="float16", progress=Silent())
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = tensors[name] != 0
+    tensors[name][kept] = torch.where(torch.rand(int(kept.sum())) < 0.5, 2.0**-24, -(2.0**-24)).half()
+    save_file(tensors, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+    options = {**QUICK, "train": "full", "learning_rate": 4e-8, "steps": 1}
+    report = secateur.finetune(tmp_path / "half", tmp_path / "out", models / "text.txt", **options)
+    after = tensors_of(tmp_path / "out")[name]
+    assert torch.equal(after != 0, kept) and set(after[kept].abs().tolist()) == {2.0**-24, 2.0**-23}
+    assert report["sparsity"] == report["sparsity_before"]

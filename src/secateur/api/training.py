@@ -29,7 +29,7 @@ def finetune(
     sparsity: float | None = None,
     initial: float = 0.0,
     schedule: str = "cubic",
-    every: int = 10,
+    every: int | None = None,
     rounds: int | None = None,
     method: str | None = None,
     pattern: str | None = None,
@@ -72,7 +72,7 @@ def finetune(
         sparsity: fraction of weights removed in the end; None with a pattern or rounds is 0.5, or what N:M implies.
         initial: fraction removed at the first step.
         schedule: how sparsity rises: ``cubic``, ``linear`` or ``one-cycle``.
-        every: steps from one mask to the next.
+        every: steps from one mask to the next; None is 10, or a tenth of all if that is fewer.
         rounds: prune in this many rounds in place of a schedule, each removing the same fraction of what is left.
         method: which weights go: gradually by ``magnitude`` (None), ``wanda`` or ``ria``; in rounds by any method,
             ``wanda`` if None.

@@ -65,9 +65,14 @@ def finetune(
             metavar="FRACTION",
         ),
     ] = None,
-    initial: Annotated[float, typer.Option(help="Fraction removed at the first step.")] = 0.0,
+    initial: Annotated[
+        float, typer.Option(help="Fraction removed at the first step.", parser=fraction, metavar="FRACTION")
+    ] = 0.0,
     schedule: Annotated[str, typer.Option(help="How sparsity rises: cubic, linear or one-cycle.")] = "cubic",
-    every: Annotated[int, typer.Option(help="Steps from one mask to the next.")] = 10,
+    every: Annotated[
+        int | None,
+        typer.Option(help="Steps from one mask to the next.", show_default="10, or a tenth of all if that is fewer"),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Prune in so many rounds in place of a schedule.", show_default="gradually")
     ] = None,

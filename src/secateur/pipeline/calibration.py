@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,14 @@ def training_rows(data: Any, tokenizer: Any, config: Any, seqlen: int | None, wa
         min(TRAINING_SEQLEN, context_length(config) or TRAINING_SEQLEN) if seqlen is None else seqlen, config
     )
     data = str(data) if isinstance(data, Path) else data
+    if (
+        isinstance(data, Iterable)
+        and not isinstance(data, (str, Tensor, Mapping))
+        and not hasattr(data, "column_names")
+    ):
+        data = list(data)
+        if data and all(isinstance(text, str) for text in data):
+            data = [{"text": text} for text in data]  # to be joined and cut
     given = given_rows(data, tokenizer, length, "data")
     if given is None:
         if isinstance(data, str):

@@ -90,9 +90,13 @@ def from_records(records: Iterable[Any], name: str) -> Corpus:
             raise DataError(f"{name}: row {number} is no object with text, messages or input_ids")
         if "input_ids" in record:
             try:
-                rows.append([operator.index(token) for token in record["input_ids"]])
-            except TypeError:
-                raise DataError(f"{name}: row {number}: input_ids is no list of whole numbers") from None
+                row = [operator.index(token) for token in record["input_ids"]]
+                mask = record.get("attention_mask") or [1] * len(row)
+                rows.append([token for token, real in zip(row, mask, strict=True) if real])
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{name}: row {number}: input_ids is no list of whole numbers, or attention_mask does not fit it"
+                ) from None
         elif "messages" in record or "text" in record:
             text = record["messages"] if "messages" in record else record["text"]
             chat = isinstance(text, list) and all(isinstance(message, Mapping) for message in text)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import OptionError
-from .gradual import Gradual
+from .gradual import SUMS, Gradual
 from .masks import Masks
 
 
@@ -96,9 +96,14 @@ class FollowCourse(KeepSparsity):
         self.course.before(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep what scores have seen, unless the trainer did."""
+        if not (checkpoint_path(args, state) / SUMS).exists():
+            self.save(checkpoint_path(args, state))
+
+    def save(self, folder: Path) -> None:
         """Keep what scores have seen."""
         if isinstance(self.course, Gradual):
-            self.course.save(checkpoint_path(args, state))
+            self.course.save(folder)
 
 
 class GradualPruning(FollowCourse):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import ModelError, NumericsError, OptionError
 from ..models.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from ..models.hosts import DiskHost
 from ..models.matrices import Matrix
 from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
-from ..pipeline.calibration import Tokens, training_rows
+from ..pipeline.calibration import Tokens, context_length, training_rows
 from ..pipeline.files import check_room, write_text
 from ..pipeline.machine import choose_device, peak_memory_bytes, software, threads
 from ..pipeline.output import SCHEMA, Describe, check_output, write_checkpoint
@@ -36,6 +37,8 @@ from .request import FinetuneRequest
 
 log = logging.getLogger("secateur")
 
+# The smallest numbers above 0.
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 COURSE = ("sparsity", "initial", "schedule", "every", "rounds", "method", "pattern", "samples")
 
 
@@ -81,7 +84,7 @@ def finetune_checkpoint(
             request.seqlen,
             request.rows + MOST_HELD_OUT,
         )
-        teacher = open_teacher(request, run, host) if request.teacher else None
+        teacher = open_teacher(request, run, host, tokens.seqlen) if request.teacher else None
         plan = make_plan(request, {"name": model, "digest": _digest(path, source)}, tokens, teacher, str(device))
         finished = None if overwrite else finished_result(run.output, plan)
         if finished is not None:
@@ -111,6 +114,7 @@ def make_plan(
             "include": listed(request.include),
             "exclude": listed(request.exclude),
         }
+        course["every"] = request.masked_every
         for unused in ("schedule", "every") if request.rounds else ("samples",):
             del course[unused]
     return {
@@ -136,11 +140,11 @@ def make_plan(
     }
 
 
-def open_teacher(request: FinetuneRequest, run: RunDirectory, student: DiskHost) -> DiskHost:
+def open_teacher(request: FinetuneRequest, run: RunDirectory, student: DiskHost, seqlen: int) -> DiskHost:
     """Open the model whose predictions are to be learnt.
 
     Raises:
-        OptionError: its vocabulary is another one.
+        OptionError: its vocabulary is another one, or its context is shorter than the rows.
     """
     path = locate(str(request.teacher), request.trust_remote_code)
     host = DiskHost(open_checkpoint(as_checkpoint(path, run.path), request.trust_remote_code), torch.device("cpu"))
@@ -151,6 +155,9 @@ def open_teacher(request: FinetuneRequest, run: RunDirectory, student: DiskHost)
             f"teacher {request.teacher}: has another vocabulary than the model, so its predictions cannot be learnt; "
             "use the model that was pruned, before it was"
         )
+    context = context_length(host.model.config)
+    if context is not None and context < seqlen:
+        raise OptionError(f"teacher {request.teacher}: its context is {context} tokens; give --seqlen {context}")
     return host
 
 
@@ -178,12 +185,11 @@ def _trained(
     _announce(recovery, request, tokens)
     outcome = recovery.run(run.path / "trainer", None if teacher is None else teacher.whole(), progress, run.note)
     model = recovery.finished()
+    tensors, packings = _packed(host, host.on_disk(_as_written(host, model, recovery.changed)))
     records = [
-        {**_record(matrix, recovery.masks.keep(matrix), host.written_dtype(matrix)), "zeros_before": zeros[name]}
+        {**_record(matrix, recovery.masks.keep(matrix)), "zeros_before": zeros[name]}
         for name, matrix in model_matrices(model).items()
     ]
-    changed = {name: _as_written(p, host.dtype_on_disk(name)) for name, p in model.named_parameters()}
-    tensors, packings = _packed(host, host.on_disk(changed))
     run.write_block(0, tensors, packings)
     record = {"step": "trained", **outcome, "matrices": records, "seconds": seconds(run)}
     run.note(record)
@@ -204,26 +210,42 @@ def _announce(recovery: Recovery, request: FinetuneRequest, tokens: Tokens) -> N
         log.warning("the text has too few rows to hold some out, so nothing tells when training begins to harm")
 
 
-def _as_written(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast, with every zero as +0.0."""
-    return (parameter.detach().cpu() + 0.0).to(dtype)
+def _as_written(host: DiskHost, model: PreTrainedModel, changed: Collection[str]) -> dict[str, Tensor]:
+    """Cast parameters, also in the model, and return them by all names that they have on disk.
+
+    Every zero becomes +0.0, and no other number becomes zero: what is too small for float16 is rounded away from it.
+
+    Raises:
+        NumericsError: NaN or Inf.
+    """
+    shared = {id(parameter) for name, parameter in model.named_parameters() if name in changed}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in shared and name in host.names_of:
+            dtype = host.dtype_on_disk(name)
+            value = parameter.detach().cpu() + 0.0
+            found[name] = value.to(dtype)
+            lost = (found[name] == 0) & (value != 0)
+            if lost.any():
+                found[name][lost] = torch.copysign(torch.full((), SMALLEST[dtype]), value[lost]).to(dtype)
+            parameter.data.copy_(found[name])
+            if not torch.isfinite(found[name]).all():
+                kind = str(dtype).removeprefix("torch.")
+                raise NumericsError(f"{name}: what was trained does not fit {kind}; give a lower --learning-rate")
+    return found
 
 
 def _zeros(W_OI: Tensor) -> int:
     return W_OI.numel() - int(W_OI.count_nonzero())
 
 
-def _record(matrix: Matrix, keep_OI: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """What became of a matrix.
+def _record(matrix: Matrix, keep_OI: Tensor) -> dict[str, Any]:
+    """What became of a matrix; of values in 8 bits, before they are rounded again.
 
     Raises:
-        NumericsError: it holds NaN or Inf, as written.
         ModelError: a zero was lost.
     """
-    W_OI = matrix.read().to(dtype)
-    if not torch.isfinite(W_OI).all():
-        kind = str(dtype).removeprefix("torch.")
-        raise NumericsError(f"{matrix.name}: a trained weight does not fit {kind}; give a lower --learning-rate")
+    W_OI = matrix.read()
     if (W_OI[~keep_OI] != 0).any():
         raise ModelError(f"{matrix.name}: lost zeros in training; this is a defect of Secateur, please report it")
     zeros = _zeros(W_OI)
@@ -240,13 +262,13 @@ def _packed(host: DiskHost, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Te
     """Pack again what the source holds packed, in the same way."""
     found, packings = dict(tensors), {}
     for name, info in host.checkpoint.packed.items():
-        held, former = found[name], info.packing
+        held, former = found[name] if name in found else host.checkpoint.read(name), info.packing
         packed = pack(
             name, held.T if former.transposed else held, former.format, "int8" if former.values == "int8" else None
         )
         if packed is not None:
             packings[name] = replace(packed[0], transposed=former.transposed)
-            del found[name]
+            found.pop(name, None)
             found |= {name + suffix: part for suffix, part in packed[1].items()}
     return found, packings
 

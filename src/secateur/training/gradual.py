@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,8 +21,8 @@ from ..errors import NumericsError, OptionError
 from ..models.hosts import LiveHost
 from ..models.matrices import Matrix, watching
 from ..pipeline.plan import Request, make_plan
-from ..pruning import SUMSQ, Method, Statistics, Target
-from ..pruning.allocation import Rules, check_sparsity
+from ..pruning import SUMSQ, Method, Statistics, Target, parse_pattern
+from ..pruning.allocation import Rules, check_sparsity, default_target
 from ..pruning.methods import Score
 from ..pruning.statistics import Accumulator
 from .masks import Masks, model_matrices
@@ -55,14 +56,14 @@ class Gradual:
         Raises:
             SecateurError: an option cannot be carried out.
         """
-        check_course(steps, initial, every)
         request = Request(
             method=method, sparsity=final, pattern=pattern, allocation=allocation,
             include=include, exclude=exclude,
         )  # fmt: skip
         request.check()
         self.method, self.score = request.parsed_method, scored(request.parsed_method)
-        self.masks = Masks.of_matrices(model)
+        check_course(request, steps, initial, every)
+        self.model, self.masks = model, Masks.of_matrices(model)
         plan = make_plan(request, LiveHost(model), {"name": model.name_or_path, "digest": None}, None)
         self.targets: dict[str, Target] = {n: t for n, t in plan.job.targets.items() if t.sparsity}
         self.matrices: dict[str, Matrix] = {n: m for n, m in model_matrices(model).items() if n in self.targets}
@@ -70,18 +71,26 @@ class Gradual:
         self.last = (steps - 1) // every * every  # the step before which the final masks are set
         self._sums = {name: Accumulator(self.method.needs) for name in self.matrices}
         self._seen: dict[str, Statistics] = {}
+        self._real_BT: Tensor | None = None  # which positions of the batch are no padding
 
     def watched(self) -> ExitStack:
         """Watch the inputs that scores need while this context is open."""
         stack = ExitStack()
         if self.method.needs:
             stack.enter_context(watching(self.matrices, self._see))
+            hook = self.model.register_forward_pre_hook(self._mind_padding, with_kwargs=True)
+            stack.callback(hook.remove)
         return stack
 
+    def _mind_padding(self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._real_BT = kwargs.get("attention_mask")
+
     def _see(self, inputs: Mapping[str, Tensor]) -> None:
+        if not torch.is_grad_enabled():  # those of an evaluation
+            return
         for name, x in inputs.items():
-            if self.matrices[name].module.training:  # not those of an evaluation
-                self._sums[name].add(x)
+            padded = self._real_BT is not None and self._real_BT.shape == x.shape[:-1]
+            self._sums[name].add(x[self._real_BT.bool()] if padded and self._real_BT is not None else x)
 
     def before(self, step: int) -> bool:
         """Set the masks that hold from `step` (counted from 0) on, if new ones are due; return whether they were."""
@@ -92,8 +101,7 @@ class Gradual:
         if step == self.last and (unseen := [name for name, statistics in found.items() if statistics is None]):
             others = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
             log.warning("%s%s: saw no input in training; pruned by magnitude", unseen[0], others)
-            ones = {name: torch.ones(self.matrices[name].shape[1], dtype=torch.float64) for name in unseen}
-            found |= {name: Statistics(1, None, ones_I) for name, ones_I in ones.items()}
+            found |= {name: Statistics(1, None, self._ones(name)) for name in unseen}
         for name, statistics in found.items():
             target = on_the_way(self.targets[name], self.initial, progress)
             if target.sparsity and statistics:
@@ -107,6 +115,10 @@ class Gradual:
             self._seen[name] = found
             self._sums[name] = Accumulator(self.method.needs)
         return self._seen.get(name)
+
+    def _ones(self, name: str) -> Tensor:
+        matrix = self.matrices[name]
+        return torch.ones(matrix.shape[1], dtype=torch.float64, device=matrix.weight.device)
 
     @torch.no_grad()
     def _prune(self, name: str, target: Target, statistics: Statistics) -> None:
@@ -135,7 +147,7 @@ class Gradual:
     def load(self, folder: Path) -> None:
         """Take up what `save` kept, if anything."""
         if (folder / SUMS).is_file():
-            kept = load_file(folder / SUMS)
+            kept = load_file(folder / SUMS, device=str(next(self.model.parameters()).device))
             for name, sums in self._sums.items():
                 if f"now:{name}" in kept:
                     sums.take(Statistics(int(kept[f"now:{name}:tokens"]), None, kept[f"now:{name}"]))
@@ -157,13 +169,18 @@ def scored(method: Method) -> Score:
     return method.score
 
 
-def check_course(steps: int, initial: float, every: int) -> None:
+def check_course(request: Request, steps: int, initial: float, every: int = 1) -> None:
     """Raise OptionError for a course that cannot be followed."""
+    method = request.parsed_method
+    final = default_target(request.sparsity, parse_pattern(request.pattern or method.pattern)).sparsity
     if steps < 1:
         raise OptionError(f"steps {steps}: at least 1 is needed")
-    if every < 1:
-        raise OptionError(f"every {every}: new masks come every 1 or more steps")
-    check_sparsity(initial, "initial")
+    if every < 1 or (every >= steps and every > 1):
+        raise OptionError(f"every {every}: new masks come every so many of {steps} steps, at least twice; give fewer")
+    if check_sparsity(initial, "initial") > final:
+        raise OptionError(f"initial {initial:g}: is more than the {final:g} that is wanted in the end")
+    if steps == 1 and method.needs:
+        raise OptionError("steps 1: this score needs the inputs of a step before the last mask; use magnitude")
 
 
 def gradual(
@@ -183,7 +200,8 @@ def gradual(
     """Prune a model while your own loop trains it: ``for step in secateur.gradual(...): train_step(model)``.
 
     Before each step the masks are those of ``initial + (final - initial) f(step / (steps - 1))``, with f the schedule;
-    after it, masked weights are zero again. Once the loop is over, exactly `final` is pruned.
+    after it, masked weights are zero again. Once the loop is over, exactly `final` is pruned. A score of inputs has
+    seen none before the first step, so its first masks come with the second.
 
     Args:
         model: in memory, pruned in place; zeros that it has are kept.

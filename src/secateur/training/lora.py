@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, OptionError
 from ..models.anatomy import find_blocks
-from .masks import Masks, check_trainable, model_matrices
+from .masks import check_trainable, model_matrices
 
 INSTALL_PEFT = "pip install peft"
 
@@ -58,6 +58,9 @@ def masked_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int | None = N
     model.requires_grad_(requires_grad=False)
     # Of the blocks alone: of a whole mixture peft would take names of dense layers for names of experts.
     peft.inject_adapter_in_model(config, blocks)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # in 16 bits W + B A would often be just 0
     return model
 
 
@@ -74,11 +77,12 @@ def merge_lora(model: Any) -> PreTrainedModel:
     layers = {n: m for n, m in base.named_modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")}
     if not layers:
         raise ModelError(f"{type(model).__name__}: has no adapters of LoRA that could be merged")
-    keep = {f"{name}.weight": layer.get_base_layer().weight.detach() != 0 for name, layer in layers.items()}
     for name, layer in layers.items():
+        linear = layer.get_base_layer()
+        gone = linear.weight.detach() == 0
         layer.merge()
-        base.set_submodule(name, layer.get_base_layer())
-    Masks(base, keep)  # which clears what it masks
+        linear.weight.data.masked_fill_(gone, 0)
+        base.set_submodule(name, linear)
     return base
 
 

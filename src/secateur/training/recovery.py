@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
+import random
+import re
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..errors import NumericsError
+from ..errors import ModelError, NumericsError
 from ..pipeline.calibration import Tokens
 from ..progress import Progress
 from .callbacks import FollowCourse, KeepSparsity
@@ -24,13 +26,15 @@ from .lora import masked_lora, merge_lora
 from .masks import Masks
 from .request import FinetuneRequest
 from .rounds import Rounds
-from .trainer import DivergedError, Reporter, SparseTrainer, collate, latest_checkpoint, trainer_state
+from .trainer import DivergedError, Reporter, SparseTrainer, collate, latest_checkpoint, number, trainer_state
 
 log = logging.getLogger("secateur")
 
 MOST_HELD_OUT = 32  # rows
 EVAL_TOKENS = 4096  # of held-out rows at once
 WARM = 0.05  # of all steps: the learning rate rises, and then falls to 0
+
+LORA = re.compile(r"\.lora_[AB]\..*")  # in the name of an adapter's parameter
 
 Note = Callable[[dict[str, Any]], None]
 
@@ -61,6 +65,11 @@ class Recovery:
                 torch.manual_seed(request.seed)
                 masked_lora(model, rank=request.rank)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.changed = {LORA.sub(".weight", name) for name in self._changing()}  # adapters merged
+        if not self.trainable:
+            raise ModelError(
+                f"{type(model).__name__}: has no parameters for train {request.trained}; give --train full"
+            )
 
     def _course(self, tokens: Tokens) -> Gradual | Rounds | None:
         request, pruning = self.request, self.request.pruning
@@ -69,7 +78,7 @@ class Recovery:
         if request.rounds is None:
             return Gradual(
                 self.model, steps=request.steps, final=pruning.sparsity, initial=request.initial,
-                schedule=request.schedule, every=request.every, method=pruning.method, pattern=pruning.pattern,
+                schedule=request.schedule, every=request.masked_every, method=pruning.method, pattern=pruning.pattern,
                 allocation=pruning.allocation, include=pruning.include, exclude=pruning.exclude,
             )  # fmt: skip
         text = Tokens(self.rows[: request.samples], tokens.source, tokens.available)
@@ -105,7 +114,7 @@ class Recovery:
         """
         last, stopped = latest_checkpoint(folder), None
         callback: TrainerCallback = FollowCourse(self.course) if self.course else KeepSparsity(self.masks)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), own_randomness():
             warnings.simplefilter("ignore")  # of libraries about each other
             trainer = SparseTrainer(
                 model=self.model,
@@ -119,7 +128,10 @@ class Recovery:
             )
             trainer.remove_callback(PrinterCallback)
             try:
-                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+                if last is not None and number(last) >= self.request.steps:  # killed after the last step
+                    trainer.take_up(last)
+                else:
+                    trainer.train(resume_from_checkpoint=None if last is None else str(last))
             except DivergedError as error:
                 stopped = error.step
                 callback.on_train_end(trainer.args, trainer.state, trainer.control)
@@ -130,10 +142,10 @@ class Recovery:
         cuda = torch.cuda.is_available() and request.device != "cpu"
         evaluated = "steps" if self.held_out else "no"
         return TrainingArguments(
-            output_dir=str(folder), max_steps=request.steps, per_device_train_batch_size=request.batch_size,
+            output_dir=str(folder.resolve()), max_steps=request.steps, per_device_train_batch_size=request.batch_size,
             per_device_eval_batch_size=max(1, EVAL_TOKENS // len(self.rows[0])),
             gradient_accumulation_steps=request.accumulate, optim="adamw_torch_fused",
-            learning_rate=request.rate, lr_scheduler_type="linear", warmup_steps=math.ceil(WARM * request.steps),
+            learning_rate=request.rate, lr_scheduler_type="linear", warmup_steps=int(WARM * request.steps),
             seed=request.seed, data_seed=request.seed,
             eval_strategy=evaluated, eval_steps=every, eval_on_start=begins and bool(self.held_out),
             save_strategy="steps", save_steps=every, save_total_limit=2,
@@ -153,16 +165,21 @@ class Recovery:
             if kept is None or self.course is not None:
                 raise NumericsError(
                     f"the loss is NaN or Inf in step {stopped}, and no model before it is worth keeping; give a lower "
-                    f"--learning-rate than {self.request.rate:g}"
+                    f"--learning-rate than {self.request.rate:g}, and --no-resume"
                 )
             state = trainer_state(kept) or {}
-            with suppress(TypeError):
-                kept = Path(state["best_model_checkpoint"]) if state.get("best_model_checkpoint") else kept
+            kept = folder / f"checkpoint-{state['best_global_step']}" if state.get("best_global_step") else kept
             trainer.take(kept)
-            at = int(kept.name.rpartition("-")[2])
+            at = number(kept)
             log.warning(
                 "the loss is NaN or Inf in step %d: training ends there, and the model of step %d is kept; a lower "
                 "--learning-rate than %g may go further", stopped, at, self.request.rate,
+            )  # fmt: skip
+        held = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+        if self.course is None and held and held[at] >= held[0]:
+            log.warning(
+                "training did not lower the loss on held-out rows (%.3f before, %.3f now); give a lower "
+                "--learning-rate than %g, or more text", held[0], held[at], self.request.rate,
             )  # fmt: skip
         return {
             "loss": "cross-entropy" if trainer.teacher is None else "divergence",
@@ -170,7 +187,7 @@ class Recovery:
             "stopped": stopped,
             "trainable": self.trainable,
             "losses": [[line["step"], line["loss"]] for line in history if "loss" in line],
-            "held_out": [[line["step"], line["eval_loss"]] for line in history if "eval_loss" in line],
+            "held_out": [[step, loss] for step, loss in held.items()],
             "held_out_rows": len(self.held_out),
         }
 
@@ -182,8 +199,20 @@ class Recovery:
         return self.model
 
 
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Leave the random numbers of others as they are: a Trainer seeds them all."""
+    theirs, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(theirs)
+            np.random.set_state(numpys)
+
+
 def divide(tokens: Tokens, needed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Hold out the last rows: those that training does not need, a tenth at least, 32 at most; of fewer than ten none."""
+    """Hold out the last rows: those that training can spare, a tenth at least, 32 at most; of fewer than ten none."""
     count = len(tokens.rows)
     held = min(max(count - needed, count // 10), MOST_HELD_OUT) if count >= 10 else 0
     return tokens.rows[: count - held], tokens.rows[count - held :]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError, nearest
-from ..pipeline.calibration import check_draw
 from ..pipeline.plan import MOST_THREADS, Request
 from ..pruning.allocation import Rules
 from .gradual import check_course, scored
@@ -34,7 +33,7 @@ class FinetuneRequest:
     sparsity: float | None = None
     initial: float = 0.0
     schedule: str = "cubic"
-    every: int = 10
+    every: int | None = None
     rounds: int | None = None
     method: str | None = None
     pattern: str | None = None
@@ -64,8 +63,10 @@ class FinetuneRequest:
             raise OptionError(f"threads {self.threads}: at least 1 is needed, and {MOST_THREADS} are the most")
         if self.teacher == "" or self.evaluate == "":
             raise OptionError(f"{'teacher' if self.teacher == '' else 'evaluate'} is empty; leave it out or name one")
-        check_draw(None, self.seed)
-        check_course(self.steps, self.initial, self.every)
+        if not 0 <= self.seed < 2**32:
+            raise OptionError(f"seed {self.seed}: at least 0 and below 2^32")
+        if self.steps < 1:
+            raise OptionError(f"steps {self.steps}: at least 1 is needed")
         parse_schedule(self.schedule)
         if self.prunes:
             self._check_pruning()
@@ -84,9 +85,11 @@ class FinetuneRequest:
         self.pruning.check()
         if self.rounds is None:
             scored(self.pruning.parsed_method)
+            check_course(self.pruning, self.steps, self.initial, self.masked_every)
             return
         check_rounds(self.rounds, self.steps)
-        if self.schedule != "cubic" or self.every != 10:
+        check_course(self.pruning, self.steps, self.initial)
+        if self.schedule != "cubic" or self.every is not None:
             raise OptionError("rounds: have their own course; leave out schedule and every")
 
     @property
@@ -117,6 +120,11 @@ class FinetuneRequest:
     def rows(self) -> int:
         """Rows that all steps take, if none is read twice."""
         return self.steps * self.batch_size * self.accumulate
+
+    @property
+    def masked_every(self) -> int:
+        """Steps from one mask to the next."""
+        return max(1, min(10, self.steps // 10)) if self.every is None else self.every
 
     @property
     def evaluated_every(self) -> int:

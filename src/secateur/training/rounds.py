@@ -21,6 +21,7 @@ from ..pipeline.plan import Request, make_plan
 from ..pipeline.stream import Stream
 from ..progress import Silent
 from ..pruning import Target
+from .gradual import check_course
 from .masks import Masks
 from .schedules import on_the_way, round_sparsity
 
@@ -54,6 +55,7 @@ class Rounds:
             SecateurError: an option cannot be carried out.
         """
         check_rounds(rounds, steps)
+        check_course(request, steps, initial)
         self.model, self.request, self.tokens = model, request, tokens
         self.rounds, self.initial, self.steps = rounds, initial, steps
         self.masks = Masks.of_matrices(model)

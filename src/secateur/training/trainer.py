@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import OutputError
+from ..models.source import first_line
 from ..progress import Progress
+from .callbacks import FollowCourse
 
 WEIGHTS = "changing.safetensors"
 STATE = "trainer_state.json"
@@ -25,7 +29,7 @@ IGNORED = -100  # label of what is no prediction
 
 
 class DivergedError(Exception):
-    """The loss is NaN or Inf."""
+    """The loss, or a weight, is NaN or Inf."""
 
     def __init__(self, step: int) -> None:
         """Diverged in a step, counted from 1."""
@@ -81,20 +85,41 @@ class SparseTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the parameters that change."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.changing.values()):
+            raise DivergedError(self.state.global_step)
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().contiguous() for name, p in self.changing.items()}, folder / WEIGHTS)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, FollowCourse):  # before the state, which tells that a checkpoint is whole
+                callback.save(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors tell of a full disk
+            raise OutputError(
+                f"{self.args.output_dir}: a checkpoint cannot be written ({first_line(error)[:120]}); make room and "
+                "give the same command again"
+            ) from None
 
     def take(self, folder: Path) -> None:
         """Read the parameters that change from a checkpoint."""
         for name, tensor in load_file(folder / WEIGHTS).items():
             self.changing[name].data.copy_(tensor)
 
+    def take_up(self, folder: Path) -> None:
+        """Read a checkpoint after which no step is left, and then the best one, if that is what is wanted."""
+        self.state = TrainerState.load_from_json(str(folder / STATE))
+        self.take(folder)
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self._load_best_model()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.take(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.take(Path(str(self.state.best_model_checkpoint)))
+        self.take(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}")
 
 
 def distance(known_BTV: Tensor, own_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -113,8 +138,13 @@ def collate(rows: Sequence[Tensor]) -> dict[str, Tensor]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a trainer; its state is written last, so one without it was torn."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = sorted(folder.glob("checkpoint-*"), key=number, reverse=True)
     return next((path for path in found if trainer_state(path) is not None), None)
+
+
+def number(checkpoint: Path) -> int:
+    """The step of a trainer's checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def trainer_state(folder: Path) -> dict[str, Any] | None:
