@@ -61,7 +61,7 @@ class Gradual:
             include=include, exclude=exclude,
         )  # fmt: skip
         request.check()
-        self.method, self.score = request.parsed_method, scored(request.parsed_method)
+        self.method, self.score = request.parsed_method, scored(request.parsed_method, steps)
         check_course(request, steps, initial, every)
         self.model, self.masks = model, Masks.of_matrices(model)
         plan = make_plan(request, LiveHost(model), {"name": model.name_or_path, "digest": None}, None)
@@ -155,12 +155,15 @@ class Gradual:
                     self._seen[name] = Statistics(int(kept[f"before:{name}:tokens"]), None, kept[f"before:{name}"])
 
 
-def scored(method: Method) -> Score:
-    """Return the score of a method that can prune gradually.
+def scored(method: Method, steps: int) -> Score:
+    """Return the score of a method that can prune gradually in so many steps.
 
     Raises:
-        OptionError: it changes the weights that it keeps, or its score needs more than running sums.
+        OptionError: it changes the weights that it keeps, or its score needs more than running sums, or any inputs
+            where there are none before the last mask.
     """
+    if steps == 1 and method.needs:
+        raise OptionError("steps 1: this score needs the inputs of a step before the last mask; use magnitude")
     if method.score is None or method.needs - {SUMSQ}:
         raise OptionError(
             "gradual pruning takes a score, and training does the rest: use magnitude, wanda or ria, or prune in "
@@ -179,8 +182,6 @@ def check_course(request: Request, steps: int, initial: float, every: int = 1) -
         raise OptionError(f"every {every}: new masks come every so many of {steps} steps, at least twice; give fewer")
     if check_sparsity(initial, "initial") > final:
         raise OptionError(f"initial {initial:g}: is more than the {final:g} that is wanted in the end")
-    if steps == 1 and method.needs:
-        raise OptionError("steps 1: this score needs the inputs of a step before the last mask; use magnitude")
 
 
 def gradual(

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class Recovery:
         request, every = self.request, self.request.evaluated_every
         cuda = torch.cuda.is_available() and request.device != "cpu"
         evaluated = "steps" if self.held_out else "no"
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder.resolve()), max_steps=request.steps, per_device_train_batch_size=request.batch_size,
             per_device_eval_batch_size=max(1, EVAL_TOKENS // len(self.rows[0])),
             gradient_accumulation_steps=request.accumulate, optim="adamw_torch_fused",
@@ -155,6 +156,8 @@ class Recovery:
             use_cpu=not cuda, bf16=cuda, dataloader_pin_memory=cuda,
             gradient_checkpointing=request.gradient_checkpointing,
         )  # fmt: skip
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # of several, one: or a step would be of several times the rows
+        return arguments
 
     def _outcome(self, trainer: SparseTrainer, folder: Path, stopped: int | None) -> dict[str, Any]:
         """Where the training ended; of one that diverged, at its best or last checkpoint."""
@@ -175,7 +178,8 @@ class Recovery:
                 "the loss is NaN or Inf in step %d: training ends there, and the model of step %d is kept; a lower "
                 "--learning-rate than %g may go further", stopped, at, self.request.rate,
             )  # fmt: skip
-        held = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+        losses = {line["step"]: line["loss"] for line in history if isfinite(line.get("loss", nan))}
+        held = {line["step"]: line["eval_loss"] for line in history if isfinite(line.get("eval_loss", nan))}
         if self.course is None and held and held[at] >= held[0]:
             log.warning(
                 "training did not lower the loss on held-out rows (%.3f before, %.3f now); give a lower "
@@ -186,8 +190,8 @@ class Recovery:
             "steps": at,
             "stopped": stopped,
             "trainable": self.trainable,
-            "losses": [[line["step"], line["loss"]] for line in history if "loss" in line],
-            "held_out": [[step, loss] for step, loss in held.items()],
+            "losses": list(map(list, losses.items())),
+            "held_out": list(map(list, held.items())),
             "held_out_rows": len(self.held_out),
         }
 

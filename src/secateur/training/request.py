@@ -84,7 +84,7 @@ class FinetuneRequest:
             )
         self.pruning.check()
         if self.rounds is None:
-            scored(self.pruning.parsed_method)
+            scored(self.pruning.parsed_method, self.steps)
             check_course(self.pruning, self.steps, self.initial, self.masked_every)
             return
         check_rounds(self.rounds, self.steps)

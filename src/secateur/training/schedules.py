@@ -53,8 +53,8 @@ def on_the_way(final: Target, initial: float, progress: float) -> Target:
     Under N:M more than N of M weights are kept on the way: as many as the sparsity asks for, rounded up.
 
     >>> from secateur.pruning import Row, parse_pattern
-    >>> on_the_way(Target(0.5, Row()), 0.1, 0.5).sparsity
-    0.3
+    >>> on_the_way(Target(0.5, Row()), 0.25, 0.5).sparsity
+    0.375
     >>> [str(on_the_way(Target(0.5, parse_pattern("2:4")), 0.0, p).pattern) for p in (0.4, 0.6, 1.0)]
     ['4:4', '3:4', '2:4']
     """
