@@ -94,8 +94,7 @@ def test_a_card_says_what_was_trained_and_where_its_zeros_are_from(card):
     assert commands(text) == [
         "secateur prune org/Tiny-1B PRUNED --method sparsegpt --pattern row --samples 4 --seed 7 --exclude 'lm head' "
         "--evaluate wikitext2",
-        "secateur finetune PRUNED OUTPUT --data c4 --steps 8 --accumulate 3 --learning-rate 0.001 --rank 4 "
-        "--eval-steps 2 --seed 7 --evaluate wikitext2",
+        "secateur finetune PRUNED OUTPUT --data c4 --steps 8 --accumulate 3 --rank 4 --seed 7 --evaluate wikitext2",
     ]
     assert "secateur pack" in text and "in one shot" not in text
 
@@ -138,7 +137,7 @@ def test_a_model_pruned_on_the_way(card):
     assert found["Trained"] == "all parameters: 1,200 in all" and metadata(text)["tags"][-1] == "wanda"
     assert "not recorded" not in text.split("\n## ")[0] and "every zero" not in text
     line = "secateur finetune thin OUTPUT --data c4 --steps 8 --accumulate 3 --learning-rate 0.001 --sparsity 0.6 "
-    line += "--initial 0.25 --every 2 --method wanda --eval-steps 2 --seed 7 --evaluate wikitext2"
+    line += "--initial 0.25 --every 2 --method wanda --seed 7 --evaluate wikitext2"
     assert commands(text) == [line]
     text = card(a_pruned_course(rounds=3, samples=5, pattern="2:4", method="magnitude", allocation={"0": 0.25}))
     assert facts(text)["Pruned on the way"].startswith("in 3 rounds. Iterative pruning: Song Han, ")
@@ -292,7 +291,7 @@ def test_a_trained_model_comes_with_its_card(trained, tmp_path):
 
 COMMANDS = [
     (dict(), ""),
-    (dict(train="lora", learning_rate=5e-4, rank=16, eval_steps=20), ""),  # all by default
+    (dict(train="lora", learning_rate=1e-3, rank=16, eval_steps=40), ""),  # all by default
     (dict(train="bias", steps=25, batch_size=1, accumulate=4), "--train bias --steps 25 --batch-size 1 --accumulate 4"),
     (dict(train="full", learning_rate=1e-3, eval_steps=7), "--train full --learning-rate 0.001 --eval-steps 7"),
     (dict(rank=4, seed=3, gradient_checkpointing=True), "--rank 4 --gradient-checkpointing --seed 3"),

@@ -1,7 +1,6 @@
 """`secateur finetune` from disk to disk."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -186,85 +185,49 @@ def test_evaluation_before_and_after(models, tmp_path):
 
 # Killed and resumed.
 
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-import secateur
-from secateur.training import trainer
-saves = 0
-from secateur.pipeline.run_directory import RunDirectory
-write = RunDirectory.write_block
-def killed_write(self, *args):
-    write(self, *args)
-    if os.environ["KILL"] == "written":
-        os.kill(os.getpid(), signal.SIGKILL)
-RunDirectory.write_block = killed_write
-note, save = trainer.Reporter.on_save, trainer.SparseTrainer.save_model
-def killed_note(self, *args, **kwargs):
-    global saves
-    note(self, *args, **kwargs)
-    saves += 1
-    if os.environ["KILL"] == f"after {saves}":
-        os.kill(os.getpid(), signal.SIGKILL)
-def killed_save(self, *args, **kwargs):
-    save(self, *args, **kwargs)
-    if os.environ["KILL"] == f"within {saves + 1}":
-        os.kill(os.getpid(), signal.SIGKILL)
-trainer.Reporter.on_save, trainer.SparseTrainer.save_model = killed_note, killed_save
-secateur.finetune(sys.argv[1], sys.argv[2], sys.argv[3], steps=10, seqlen=16, eval_steps=3, **eval(sys.argv[4]))
-"""
 COURSES = {
     "lora": ("pruned", {}),
     "full": ("pruned", {"train": "full"}),
     "gradual": ("dense", {"sparsity": 0.75, "method": "wanda", "every": 2}),
     "rounds": ("dense", {"sparsity": 0.75, "rounds": 3}),
 }
+KILLS = ("after 1", "within 2", "written")
 
 
+@pytest.fixture(scope="module")
+def killed(models, tmp_path_factory):
+    """Every course, trained whole, and killed and resumed at every point: the folder, and how processes ended."""
+    folder = tmp_path_factory.mktemp("killed")
+    words = [sys.executable, "-W", "ignore", Path(__file__).parents[1] / "dying_trainings.py", models, folder]
+    done = subprocess.run([*words, json.dumps(COURSES), *KILLS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kill", KILLS)
 @pytest.mark.parametrize("course", COURSES)
-def test_killed_and_resumed_ends_the_same_bit_for_bit(course, models, tmp_path):
-    name, options = COURSES[course]
-    secateur.finetune(
-        models / name,
-        tmp_path / "whole",
-        models / "text.txt",
-        steps=10,
-        seqlen=16,
-        eval_steps=3,
-        progress=Silent(),
-        **options,
-    )
-    expected = tensors_of(tmp_path / "whole")
-    for kill in ("after 1", "within 2", "written"):
-        out = tmp_path / kill.replace(" ", "-")
-        words = [sys.executable, "-W", "ignore", "-c", KILLED, models / name, out, models / "text.txt", repr(options)]
-        first = subprocess.run(words, env={**os.environ, "KILL": kill}, capture_output=True)
-        assert first.returncode == -signal.SIGKILL, first.stderr
-        assert not out.exists() and any((Path(f"{out}.secateur") / "trainer").glob("checkpoint-*"))
-        second = subprocess.run(words, env={**os.environ, "KILL": ""}, capture_output=True)
-        assert second.returncode == 0, second.stderr
-        assert all(torch.equal(tensor, expected[n]) for n, tensor in tensors_of(out).items()), kill
-        assert not Path(f"{out}.secateur").exists()
-        whole, again = (json.loads((p / "secateur.json").read_text()) for p in (tmp_path / "whole", out))
-        assert again["training"] == whole["training"]
+def test_killed_and_resumed_ends_the_same_bit_for_bit(course, kill, killed):
+    folder, ended = killed
+    found = ended[f"{course}, {kill}"]
+    assert found == {"first": -signal.SIGKILL, "output": False, "checkpoints": True, "second": 0, "left": False}
+    whole, again = folder / course, folder / f"{course}, {kill}"
+    expected = tensors_of(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(again).items())
+    reports = [json.loads((path / "secateur.json").read_text()) for path in (whole, again)]
+    assert reports[0]["training"] == reports[1]["training"]
 
 
-def test_a_run_that_is_resumed_with_another_option_is_refused(models, tmp_path):
-    words = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        KILLED,
-        models / "pruned",
-        tmp_path / "out",
-        models / "text.txt",
-        "{}",
-    ]
-    subprocess.run(words, env={**os.environ, "KILL": "after 1"}, capture_output=True)
-    with pytest.raises(secateur.ResumeError, match=r"unfinished run with learning_rate 0.001, not 0.01"):
-        secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **{**QUICK, "eval_steps": 3})
+def test_a_run_that_is_resumed_with_another_option_is_refused(models, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    from secateur.pipeline.run_directory import RunDirectory
+
+    monkeypatch.setattr(RunDirectory, "write_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **QUICK)
+    with pytest.raises(secateur.ResumeError, match=r"unfinished run with learning_rate 0.01, not 0.02"):
+        secateur.finetune(models / "pruned", tmp_path / "out", models / "text.txt", **{**QUICK, "learning_rate": 0.02})
 
 
 # What goes wrong.

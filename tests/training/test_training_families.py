@@ -9,7 +9,7 @@ from secateur.progress import Silent
 from test_families import family_model
 
 KINDS = (
-    "gpt2", "opt", "bloom", "falcon", "gptj", "phi3", "gemma2", "olmo2", "mamba", "qwen3_next", "mixtral", "qwen3_moe",
+    "gpt2", "bloom", "falcon", "phi3", "gemma2", "mamba", "qwen3_next", "mixtral", "qwen3_moe",
     "deepseek_v3", "deepseek_v4", "gpt_oss",
 )  # fmt: skip
 WAYS = {

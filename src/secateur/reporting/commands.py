@@ -89,6 +89,7 @@ def finetune_command(plan: Mapping[str, Any]) -> list[str] | None:
         "train": bare.trained,
         "learning_rate": replace(bare, train=plan["train"]).rate,
         "method": bare.pruning.method,
+        "every": bare.masked_every,
         "eval_steps": bare.evaluated_every,
     }
     seqlen = None if data["seqlen"] == TRAINING_SEQLEN else data["seqlen"]
