@@ -17,7 +17,7 @@ from secateur.reporting import trained as words_of_training
 from secateur.reporting.commands import finetune_command, making_command
 from secateur.reporting.markdown.card import BEGIN, CARD, END, model_card, refresh_card
 from secateur.reporting.markdown.papers import PERP, SCHEDULE_PAPERS
-from secateur.training.finetune import make_plan
+from secateur.training.plan import make_plan
 from secateur.training.request import FinetuneRequest
 from secateur.training.schedules import SCHEDULES
 from tiny import TEXT, rows
@@ -310,13 +310,13 @@ COMMANDS = [
 
 def a_plan(request, monkeypatch):
     """The plan of a request, with rows of 24 tokens and a teacher that need not be there."""
-    from secateur.training import finetune as module
+    from secateur.training import plan as module
 
     class Teacher:
         class checkpoint:
             directory = None
 
-    monkeypatch.setattr(module, "_digest", lambda *_: "d")
+    monkeypatch.setattr(module, "source_digest", lambda *_: "d")
     tokens = Tokens(list(rows(3, 24)), "c4", 72)
     return make_plan(request, {"name": "m", "digest": "d"}, tokens, Teacher() if request.teacher else None, "cpu")
 

@@ -13,25 +13,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ModelError, NumericsError, OptionError
+from ..errors import ModelError, NumericsError
 from ..models.checkpoint import Checkpoint
 from ..models.formats import Packing, pack
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
 from ..models.matrices import Matrix
-from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
-from ..pipeline.calibration import Tokens, context_length, training_rows
+from ..pipeline.calibration import Tokens, training_rows
 from ..pipeline.files import check_room, write_text
-from ..pipeline.machine import choose_device, peak_memory_bytes, software, threads
+from ..pipeline.machine import choose_device, peak_memory_bytes, threads
 from ..pipeline.output import SCHEMA, Describe, check_output, write_checkpoint
 from ..pipeline.packing import packed_bytes
-from ..pipeline.plan import allocation_rules, calibration_record, listed
 from ..pipeline.prune import Evaluate, evaluated, file_bytes
 from ..pipeline.run_directory import REPORT, RunDirectory, finished_result, report_of, run_of
 from ..progress import Progress
 from ..pruning.patterns import detect_pattern
 from .masks import model_matrices
+from .plan import make_plan, open_teacher, source_digest
 from .recovery import MOST_HELD_OUT, Recovery
 from .request import FinetuneRequest
 
@@ -39,7 +38,6 @@ log = logging.getLogger("secateur")
 
 # The smallest numbers above 0.
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
-COURSE = ("sparsity", "initial", "schedule", "every", "rounds", "method", "pattern", "samples")
 
 
 def finetune_checkpoint(
@@ -84,8 +82,8 @@ def finetune_checkpoint(
             request.seqlen,
             request.rows + MOST_HELD_OUT,
         )
-        teacher = open_teacher(request, run, host, tokens.seqlen) if request.teacher else None
-        plan = make_plan(request, {"name": model, "digest": _digest(path, source)}, tokens, teacher, str(device))
+        teacher = open_teacher(request, run.path, host, tokens.seqlen) if request.teacher else None
+        plan = make_plan(request, {"name": model, "digest": source_digest(path, source)}, tokens, teacher, str(device))
         finished = None if overwrite else finished_result(run.output, plan)
         if finished is not None:
             run.forget()
@@ -98,71 +96,6 @@ def finetune_checkpoint(
             describe(run.path / "output", source.directory)
         run.install()
         return report
-
-
-def make_plan(
-    request: FinetuneRequest, model: Mapping[str, Any], tokens: Tokens, teacher: DiskHost | None, device: str
-) -> dict[str, Any]:
-    """Return all that decides the result."""
-    pruning = request.pruning
-    rules = allocation_rules(request.allocation)
-    course: dict[str, Any] | None = None
-    if request.prunes:
-        course = {name: getattr(request, name) for name in COURSE} | {
-            "method": str(pruning.method),
-            "allocation": "uniform" if rules is None else (dict(rules) if isinstance(rules, Mapping) else list(rules)),
-            "include": listed(request.include),
-            "exclude": listed(request.exclude),
-        }
-        course["every"] = request.masked_every
-        for unused in ("schedule", "every") if request.rounds else ("samples",):
-            del course[unused]
-    return {
-        "command": "finetune",
-        "model": dict(model),
-        "data": calibration_record(tokens, request.seed),
-        "train": request.trained,
-        "steps": request.steps,
-        "batch_size": request.batch_size,
-        "accumulate": request.accumulate,
-        "learning_rate": request.rate,
-        "rank": request.rank if request.trained == "lora" else None,
-        "teacher": teacher
-        and {"name": request.teacher, "digest": _digest(teacher.checkpoint.directory, teacher.checkpoint)},
-        "course": course,
-        "eval_steps": request.evaluated_every,
-        "gradient_checkpointing": request.gradient_checkpointing,
-        "seed": request.seed,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "evaluate": {"source": request.evaluate, "seqlen": request.seqlen} if request.evaluate else None,
-        "software": software(),
-    }
-
-
-def open_teacher(request: FinetuneRequest, run: RunDirectory, student: DiskHost, seqlen: int) -> DiskHost:
-    """Open the model whose predictions are to be learnt.
-
-    Raises:
-        OptionError: its vocabulary is another one, or its context is shorter than the rows.
-    """
-    path = locate(str(request.teacher), request.trust_remote_code)
-    host = DiskHost(open_checkpoint(as_checkpoint(path, run.path), request.trust_remote_code), torch.device("cpu"))
-    sizes = [one.model.config.get_text_config().vocab_size for one in (host, student)]
-    words = [load_tokenizer(one.checkpoint.directory, request.trust_remote_code) for one in (host, student)]
-    if sizes[0] != sizes[1] or (all(words) and words[0].get_vocab() != words[1].get_vocab()):
-        raise OptionError(
-            f"teacher {request.teacher}: has another vocabulary than the model, so its predictions cannot be learnt; "
-            "use the model that was pruned, before it was"
-        )
-    context = context_length(host.model.config)
-    if context is not None and context < seqlen:
-        raise OptionError(f"teacher {request.teacher}: its context is {context} tokens; give --seqlen {context}")
-    return host
-
-
-def _digest(path: Path, source: Checkpoint) -> str:
-    return digest(source.files if path.is_dir() else [path])
 
 
 def _trained(
