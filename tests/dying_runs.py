@@ -21,6 +21,7 @@ import torch
 
 import secateur
 from secateur.pipeline import estimate, run_directory, stream
+from secateur.pipeline.reconstruct import Reconstruction
 from tiny import files_below
 
 ROWS = [torch.arange(3, 3 + n) for n in (24, 24, 17, 17, 17)]  # two micro-batches
@@ -123,7 +124,7 @@ def result(directory):
 def rebooted():
     """Another boot, after which what was not flushed is lost: hidden states."""
     run_directory.boot_id = lambda: "another"
-    for path in Path().glob("out.secateur/hidden/*"):
+    for path in Path().glob("out.secateur/hidden/**/*.bin"):
         path.write_bytes(b"")
 
 
@@ -167,6 +168,10 @@ def scenario(model, folder, options, *, former=None, then=None, kinds=ANYTHING, 
 
 
 DENSE = {**WANDA, "propagate": "dense"}
+RECONSTRUCT = {
+    "method": "magnitude", "calibration": [torch.arange(n, n + 16) for n in range(3, 11)],
+    "reconstruct": Reconstruction(epochs=2, batch_tokens=16),
+}  # fmt: skip
 INSTEAD = {**MAGNITUDE, "overwrite": True}
 SCENARIOS = {
     "plain": {"options": WANDA},
@@ -174,6 +179,8 @@ SCENARIOS = {
     "dense": {"options": DENSE, "kinds": ("put", "note")},
     "machine restarted": {"options": WANDA, "kinds": ("put", "note"), "reboot": True},
     "machine restarted, dense": {"options": DENSE, "kinds": ("put", "note"), "reboot": True},
+    "reconstruct": {"options": RECONSTRUCT, "kinds": ("replace", "note")},
+    "machine restarted, reconstruct": {"options": RECONSTRUCT, "kinds": ("note",), "reboot": True},
     "overwrite": {"options": {**WANDA, "overwrite": True}, "former": MAGNITUDE, "kinds": ("replace", "unlink")},
     "another plan afterwards": {"options": WANDA, "then": INSTEAD, "kinds": ("note", "unlink", "rmdir")},
     "anew afterwards": {"options": WANDA, "then": {**INSTEAD, "resume": False}, "kinds": ("note", "unlink")},

@@ -19,6 +19,7 @@ from ..pipeline.machine import choose_device
 from ..pipeline.packing import pack_checkpoint, unpack_checkpoint
 from ..pipeline.plan import Request
 from ..pipeline.prune import prune_checkpoint
+from ..pipeline.reconstruct import Reconstruction
 from ..progress import Progress
 from ..pruning import Method
 from ..reporting.terminal.progress import terminal_progress
@@ -54,6 +55,7 @@ def prune(
     seed: int = 0,
     allocation: str | Mapping[str, float | str] | Sequence[float] = "uniform",
     propagate: str = "block",
+    reconstruct: bool | Reconstruction = False,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     format: str = "dense",
@@ -91,6 +93,8 @@ def prune(
         allocation: ``uniform``, a YAML file, a mapping of blocks or expressions to sparsities, or one number a block.
         propagate: what later matrices see: ``block``, the pruned blocks before them; ``dense``, the unpruned model;
             ``sequential``, every pruned matrix before them, at the cost of one forward in place of two.
+        reconstruct: train each block's kept weights, once its matrices are pruned, to give the dense model's hidden
+            states; settings in a `Reconstruction`.
         include: expressions; only matrices in whose name one is found.
         exclude: expressions; no matrix in whose name one is found.
         format: of the pruned matrices: ``dense``, ``bitmask`` (any zeros), ``nm`` (N:M with M up to 16).
@@ -114,9 +118,9 @@ def prune(
     progress = progress or terminal_progress(lines=False)
     request = Request(
         method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
-        seed=seed, allocation=allocation, propagate=propagate, include=include, exclude=exclude, dtype=dtype,
-        device=device, threads=threads, evaluate=evaluate, trust_remote_code=trust_remote_code,
-        format=format, values=values,
+        seed=seed, allocation=allocation, propagate=propagate, reconstruct=reconstruct, include=include,
+        exclude=exclude, dtype=dtype, device=device, threads=threads, evaluate=evaluate,
+        trust_remote_code=trust_remote_code, format=format, values=values,
     )  # fmt: skip
     if isinstance(model, PreTrainedModel) or output is None:
         if evaluate or max_loss is not None or dry_run or dtype != "auto" or format != "dense":

@@ -59,6 +59,13 @@ def prune(
             "sequential, every pruned matrix before them, in one forward in place of two."
         ),
     ] = "block",
+    reconstruct: Annotated[
+        bool,
+        typer.Option(
+            "--reconstruct",
+            help="Train each block's kept weights, once it is pruned, to give the dense model's hidden states.",
+        ),
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     format: Annotated[
@@ -90,7 +97,8 @@ def prune(
 
     result = api.prune(
         model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
-        seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, include=include or (),
+        seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, reconstruct=reconstruct,
+        include=include or (),
         exclude=exclude or (), format=format, values=values, dtype=dtype, device=device, threads=threads,
         evaluate=evaluate, max_loss=max_loss, dry_run=dry_run, overwrite=overwrite, resume=resume,
         trust_remote_code=trust_remote_code, progress=screen.progress(),

@@ -47,13 +47,20 @@ def computing_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 class DiskHost:
     """A checkpoint on disk: the skeleton is in memory, a block only while it is used."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        computing: torch.dtype | None = None,
+    ) -> None:
         """Open a checkpoint.
 
         Args:
             checkpoint: the files.
             device: where blocks compute.
             dtype: of floating tensors in the output; None keeps the source's.
+            computing: the dtype blocks compute in; None is `computing_dtype`.
 
         Raises:
             ModelError: the config is no decoder's, or embeddings, norms or head are missing.
@@ -66,7 +73,7 @@ class DiskHost:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trusted)
         first = next((i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point), torch.float32)
         # As from_pretrained does: in a checkpoint of several dtypes the first tensor is as a rule of a rare one.
-        self._dtype = computing_dtype(device, dtype or config.dtype or first)
+        self._dtype = computing or computing_dtype(device, dtype or config.dtype or first)
         try:
             with init_empty_weights(include_buffers=False):
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -243,8 +250,12 @@ def _loading_in_this_thread() -> Iterator[None]:
 class LiveHost:
     """A model in memory, pruned in place. It leaves as it came: same parameters, dtypes, devices and modes."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, computing: torch.dtype | None = None) -> None:
         """Take a model that lies whole in memory, on one device or spread over several.
+
+        Args:
+            model: in memory.
+            computing: the dtype blocks compute in; None is float32 on a CPU, and on a GPU what the model came in.
 
         Raises:
             ModelError: parts of it were left on disk.
@@ -260,7 +271,7 @@ class LiveHost:
         self.skeleton.refuse_shared_weights()
         self.device = next(model.parameters()).device
         # On a GPU the model computes as it came: some of its tensors, such as rotary frequencies, must stay float32.
-        self._dtype = torch.float32 if self.device.type == "cpu" else None
+        self._dtype = computing or (torch.float32 if self.device.type == "cpu" else None)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:

@@ -57,17 +57,23 @@ class DiskRun:
         self._packed[name] = replace(packing, transposed=matrix.transposed), parts
         return unpack(packing, parts)
 
+    def cast(self, name: str, parameter: Tensor) -> Tensor:
+        """Return a parameter cast to the dtype in which it is written."""
+        return parameter.to(self.host.dtype_on_disk(name))
+
     @property
     def packed(self) -> dict[str, Packing]:
         """What of the resident block is packed so far, by names on disk."""
         return {name: packing for name, (packing, _) in self._packed.items()}
 
     def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
-        """Write the parameters of a resident block's pruned matrices under their names on disk."""
-        changed = {m.parameter: m.weight.detach().to(self.host.written_dtype(m)) for m in pruned}
-        for name, bias in (m.bias for m in pruned if m.bias):
-            if bias.__dict__.get("changed"):
-                changed[name] = bias.detach().to(self.host.dtype_on_disk(name))
+        """Write the changed parameters of a resident block under their names on disk."""
+        path = f"{self.host.skeleton.path}.{index}"
+        changed = {
+            f"{path}.{name}": self.cast(f"{path}.{name}", parameter.detach())
+            for name, parameter in self.host.skeleton.real[index].named_parameters()
+            if parameter.__dict__.get("changed")
+        }
         tensors = self.host.on_disk(changed) if changed else {}
         for name, (_, parts) in self._packed.items():
             del tensors[name]

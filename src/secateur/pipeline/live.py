@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,6 +57,10 @@ class LiveRun:
         """Cast new weights to the dtype in which the model keeps them."""
         return W_OI.to(self.host.written_dtype(matrix))
 
+    def cast(self, name: str, parameter: Tensor) -> Tensor:
+        """Cast a parameter to the dtype in which the model keeps it."""
+        return parameter.to(getattr(parameter, "own_dtype", parameter.dtype))
+
     def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
         """The resident block is the model's own."""
 
@@ -101,20 +106,27 @@ def prune_live(
             f"{model.name_or_path}: is packed, and stays so in memory; prune it from disk to disk, or unpack it first"
         )
     started = time.perf_counter()
-    host = LiveHost(model)
+    host = LiveHost(model, computing=torch.float32 if request.reconstruct else None)
     results = LiveRun(host)
     try:
         with threads(request.threads), host.borrowed(), tempfile.TemporaryDirectory() as folder:
             tokens = None
-            if request.parsed_method.needs:
+            if request.calibrated:
                 tokenizer = tokenizer or load_tokenizer(model.name_or_path, request.trust_remote_code)
                 tokens = tokens_for(
                     host, request.calibration, tokenizer, request.samples, request.seqlen, request.seed, progress
                 )
             plan = make_plan(request, host, {"name": model.name_or_path, "digest": None}, tokens)
             announce(plan)
-            stream = Stream(host, tokens.rows, Path(folder)) if tokens else None
-            prune_blocks(host, plan.job, stream, results, progress)
+            stream = dense = None
+            if tokens and plan.job.reconstruct:
+                stream, dense = (
+                    Stream(host, tokens.rows, Path(folder) / name, batch_tokens=plan.job.reconstruct.batch_tokens)
+                    for name in ("pruned", "dense")
+                )
+            elif tokens:
+                stream = Stream(host, tokens.rows, Path(folder))
+            prune_blocks(host, plan.job, stream, results, progress, dense)
     except SecateurError as error:
         if results.done:
             raise type(error)(f"{error} (blocks 0 to {results.done - 1} are already pruned)") from error

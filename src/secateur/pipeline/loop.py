@@ -19,6 +19,7 @@ from ..models.matrices import Matrix
 from ..progress import Progress
 from ..pruning import Method, Statistics, Target
 from .observation import Observer, Ready, at_once, in_order, unseen
+from .reconstruct import Reconstruction, Writer, reconstruct_block, steps_of
 from .stream import Stream
 
 log = logging.getLogger("secateur")
@@ -27,7 +28,7 @@ LEFT_OUT_SHARE = 0.05  # of the selected weights: more that cannot be pruned are
 NO_INPUT = "no input is seen during calibration"
 
 
-class Run(Protocol):
+class Run(Writer, Protocol):
     """Where the loop's results go, and what of them is there already."""
 
     @property
@@ -36,9 +37,6 @@ class Run(Protocol):
 
     def guarded(self, block: nn.Module) -> AbstractContextManager[None]:
         """Prune a resident block whole or, after an error, not at all."""
-
-    def as_written(self, matrix: Matrix, W_OI: Tensor) -> Tensor:
-        """Return new weights as they will be read from the result: cast, and rounded if values are."""
 
     def keep(self, index: int, pruned: Sequence[Matrix]) -> None:
         """Keep a block's new weights, which are in the resident block."""
@@ -58,12 +56,14 @@ class Job:
             pruned matrix before them.
         fold_mean: where a matrix has a bias, it takes over what the pruned weights gave on average; the method must
             ask for the inputs' sum, and is handed sums over the inputs less their mean.
+        reconstruct: how each block is trained once its matrices are pruned; None: not at all.
     """
 
     method: Method
     targets: Mapping[str, Target]
     propagate: str = "block"
     fold_mean: bool = False
+    reconstruct: Reconstruction | None = None
 
     def chosen(self, host: Host, index: int) -> dict[str, Matrix]:
         """Return the matrices of one block that are to be pruned."""
@@ -71,7 +71,9 @@ class Job:
         return {n: m for n, m in found.items() if n in self.targets and self.targets[n].sparsity}
 
 
-def prune_blocks(host: Host, job: Job, stream: Stream | None, run: Run, progress: Progress) -> None:
+def prune_blocks(
+    host: Host, job: Job, stream: Stream | None, run: Run, progress: Progress, dense: Stream | None = None
+) -> None:
     """Prune every block that the run has not finished yet.
 
     Args:
@@ -80,6 +82,7 @@ def prune_blocks(host: Host, job: Job, stream: Stream | None, run: Run, progress
         stream: the calibration tokens, at the first unfinished block; None for a method that needs none.
         run: takes the results.
         progress: hears of every micro-batch and matrix.
+        dense: the same tokens on their way through the dense model; needed to reconstruct blocks.
 
     Raises:
         NumericsError: NaN or Inf in weights or inputs, named by matrix.
@@ -90,11 +93,15 @@ def prune_blocks(host: Host, job: Job, stream: Stream | None, run: Run, progress
     unobserved = {name for name in weights if stream and name not in stream.observable}
     check_left_out(unobserved, weights, NO_INPUT)
     steps = (2 if job.propagate == "block" else 1) * len(stream.batches) if stream else 1
+    if job.reconstruct and dense:
+        steps += len(dense.batches) + steps_of(job.reconstruct, len(dense.batches))
     progress.start("pruning", count * steps, done=run.done * steps)
     for index in range(run.done, count):
         started = time.perf_counter()
         progress.advance(0, f"block {index + 1} of {count}")
         with host.block(index) as block, run.guarded(block):
+            if dense:
+                dense.forward(index, block, progress)
             chosen = job.chosen(host, index)
             observer = Observer({n: m for n, m in chosen.items() if n not in unobserved}, job.method.needs)
             with closing(_ready(stream, index, block, observer, job, progress)) as groups:
@@ -109,12 +116,20 @@ def prune_blocks(host: Host, job: Job, stream: Stream | None, run: Run, progress
             pruned = {record["name"] for record in records}
             unobserved |= chosen.keys() - pruned
             check_left_out(unobserved, weights, NO_INPUT)
-            run.keep(index, [chosen[name] for name in chosen if name in pruned])
+            done = [chosen[name] for name in chosen if name in pruned]
+            rebuilt = None
+            if stream and dense and job.reconstruct and done:
+                rebuilt = reconstruct_block(block, index, done, stream, dense, run, job.reconstruct, progress)
+                for entry, matrix in zip(records, done, strict=True):
+                    entry["zeros"] = matrix.weights - int(matrix.read().count_nonzero())
+            run.keep(index, done)
             error = None
             if stream and job.propagate == "block":
                 error = stream.forward(index, block, progress, compare=True)
         record: dict[str, Any]
         record = {"block": index, "seconds": time.perf_counter() - started, "output_error": error, "matrices": records}
+        if rebuilt:
+            record["reconstruction"] = rebuilt
         if chosen.keys() - pruned:
             record["unobserved"] = sorted(chosen.keys() - pruned)
         run.finish(index, record)

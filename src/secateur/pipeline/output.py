@@ -21,6 +21,7 @@ from .plan import Plan
 from .run_directory import report_of
 
 SCHEMA = 1
+BLOCK_ENTRIES = ("block", "seconds", "output_error", "reconstruction")
 
 Describe = Callable[[Path, Path], None]  # adds to a finished directory what people read, given that of its source
 
@@ -166,7 +167,7 @@ def make_report(plan: Plan, blocks: Sequence[dict[str, Any]], **facts: Any) -> d
         "zeros": zeros,
         "dense_matrices": sorted(set(plan.job.targets) - wanted),
         "left_out": left_out,
-        "blocks": [{key: block[key] for key in ("block", "seconds", "output_error")} for block in blocks],
+        "blocks": [{key: block[key] for key in BLOCK_ENTRIES if key in block} for block in blocks],
         "matrices": matrices,
         **facts,
     }

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from ..pruning.allocation import MatrixInfo, Rules, default_target
 from .calibration import Tokens
 from .loop import Job, check_left_out
 from .machine import software
-from .stream import MICRO_BATCH_TOKENS
+from .reconstruct import FEWEST, Reconstruction
+from .stream import MICRO_BATCH_TOKENS, micro_batches
 
 log = logging.getLogger("secateur")
 
@@ -47,6 +48,7 @@ class Request:
     seed: int = 0
     allocation: str | Rules = "uniform"
     propagate: str = "block"
+    reconstruct: bool | Reconstruction = False
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     dtype: str = "auto"
@@ -72,6 +74,10 @@ class Request:
         written_dtype(self.dtype)
         if self.propagate not in PROPAGATE:
             raise OptionError(f"unknown propagate {self.propagate!r}: {nearest(self.propagate, PROPAGATE)}")
+        if self.reconstruction:
+            self.reconstruction.check()
+            if self.propagate != "block":
+                raise OptionError(f"reconstruct: goes with propagate block, not {self.propagate}")
         check_format(self.format, self.values)
         if self.format == "nm" and not (isinstance(target.pattern, NM) and target.pattern.m <= MAX_M):
             raise OptionError(f"format nm: holds N:M patterns with M up to {MAX_M}, not {target.pattern}; use bitmask")
@@ -84,6 +90,18 @@ class Request:
                 except re.error as error:
                     raise OptionError(f"{name} {text!r} is no regular expression ({error})") from None
         allocation_rules(self.allocation)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration tokens are needed."""
+        return bool(self.parsed_method.needs or self.reconstruct)
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """How blocks are to be reconstructed; None if they are not."""
+        if isinstance(self.reconstruct, Reconstruction):
+            return replace(self.reconstruct, seed=self.seed)
+        return Reconstruction(seed=self.seed) if self.reconstruct else None
 
     @property
     def parsed_method(self) -> Method:
@@ -141,6 +159,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "a fused weight that transformers does not run through its experts interface, so its layout is unknown",
     )
     rules = allocation_rules(request.allocation)
+    how = _with_enough_tokens(request.reconstruction, tokens)
     record = {
         "model": dict(model),
         "method": request.method if isinstance(request.method, str) else method_name(method),
@@ -149,6 +168,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "calibration": None if tokens is None else calibration_record(tokens, request.seed),
         "allocation": "uniform" if rules is None else (dict(rules) if isinstance(rules, Mapping) else list(rules)),
         "propagate": request.propagate,
+        "reconstruct": None if how is None else asdict(how),
         "include": listed(request.include),
         "exclude": listed(request.exclude),
         "format": request.format,
@@ -156,14 +176,31 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "dtype": request.dtype,
         "device": str(host.device),
         "threads": torch.get_num_threads(),
-        "micro_batch_tokens": MICRO_BATCH_TOKENS,
+        "micro_batch_tokens": how.batch_tokens if how else MICRO_BATCH_TOKENS,
         "evaluate": {"source": request.evaluate, "seqlen": request.seqlen} if request.evaluate else None,
         "search": request.search,
         "software": software(),
     }
     readable = [m for m in chosen if m.name not in closed]
     targets = allocate(readable, default, rules)
-    return Plan(Job(method, targets, request.propagate), readable, [m for m in chosen if m.name in closed], record)
+    job = Job(method, targets, request.propagate, reconstruct=how)
+    return Plan(job, readable, [m for m in chosen if m.name in closed], record)
+
+
+def _with_enough_tokens(how: Reconstruction | None, tokens: Tokens | None) -> Reconstruction | None:
+    """Do without reconstruction where there are too few tokens, and say so."""
+    if how is None or tokens is None:
+        return None
+    found = len(list(micro_batches(tokens.rows, how.batch_tokens)))
+    if found < FEWEST:
+        length = max(len(row) for row in tokens.rows)
+        needed = FEWEST * max(1, how.batch_tokens // length)
+        log.warning(
+            "reconstruct: %d sequences of %d tokens are too few, it needs %d; weights stay as the method leaves them",
+            len(tokens.rows), length, needed,
+        )  # fmt: skip
+        return None
+    return how
 
 
 def announce(plan: Plan) -> None:

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..models.checkpoint import Checkpoint
 from ..models.gguf import as_checkpoint
 from ..models.hosts import DiskHost
@@ -29,7 +31,7 @@ from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
 from .run_directory import REPORT, RunDirectory, finished_result, run_of
 from .self_text import tokens_for
-from .stream import Stream
+from .stream import MICRO_BATCH_TOKENS, Stream
 
 log = logging.getLogger("secateur")
 
@@ -89,9 +91,10 @@ def _prepare(
 ) -> tuple[DiskHost, Tokens | None, Plan, Checkpoint]:
     dtype = written_dtype(request.dtype)
     source = open_checkpoint(as_checkpoint(path, scratch, dtype), request.trust_remote_code)
-    host = DiskHost(source, choose_device(request.device), dtype)
+    trained = torch.float32 if request.reconstruct else None  # in 16 bits small steps vanish
+    host = DiskHost(source, choose_device(request.device), dtype, computing=trained)
     tokens = None
-    if request.parsed_method.needs:
+    if request.calibrated:
         tokenizer = tokenizer or load_tokenizer(source.directory, request.trust_remote_code)
         tokens = tokens_for(
             host, request.calibration, tokenizer, request.samples, request.seqlen, request.seed, progress
@@ -122,10 +125,15 @@ def _run(
     if results.done:
         log.info("going on from block %d of %d", results.done + 1, len(host.skeleton.real))
     if results.done < len(host.skeleton.real):
-        stream = stream_at(run, host, results, tokens, plan.job, progress) if tokens else None
-        prune_blocks(host, plan.job, stream, results, progress)
-        if stream:
-            stream.close()
+        stream = dense = None
+        if tokens:
+            stream = stream_at(run, host, results, tokens, plan.job, progress)
+        if tokens and plan.job.reconstruct:
+            dense = stream_at(run, host, results, tokens, plan.job, progress, dense=True)
+        prune_blocks(host, plan.job, stream, results, progress, dense)
+        for passed in (stream, dense):
+            if passed:
+                passed.close()
     target = run.path / "output"
     write_checkpoint(source, [run.block_tensors(i) for i in range(results.done)], target, host.dtype, progress)
     after = evaluated(run, plan.record, "after", target, evaluate)
@@ -172,19 +180,27 @@ def evaluated(
 
 
 def stream_at(
-    run: RunDirectory, host: DiskHost, results: DiskRun, tokens: Tokens, job: Job, progress: Progress
+    run: RunDirectory,
+    host: DiskHost,
+    results: DiskRun,
+    tokens: Tokens,
+    job: Job,
+    progress: Progress,
+    *,
+    dense: bool = False,
 ) -> Stream:
-    """The calibration tokens, at the first unfinished block."""
-    done = results.done
-    if run.hidden_is_sound or not done:
-        return Stream(host, tokens.rows, run.path / "hidden", first=done)
-    stream = Stream(host, tokens.rows, run.path / "hidden")
-    progress.start("repeating hidden states", done * len(stream.batches))
-    for index in range(done):
-        written = None if job.propagate == "dense" else results.written(index)
-        with host.block(index, written) as block, _as_first_run(host, job, index):
-            stream.forward(index, block, progress)
-    progress.finish()
+    """The calibration tokens at the first unfinished block, in the pruned model or in the dense one."""
+    done, folder = results.done, run.path / "hidden"
+    first = done if run.hidden_is_sound else 0
+    batch_tokens = job.reconstruct.batch_tokens if job.reconstruct else MICRO_BATCH_TOKENS
+    stream = Stream(host, tokens.rows, folder / "dense" if dense else folder, first, batch_tokens)
+    if first < done:
+        progress.start("repeating hidden states", done * len(stream.batches))
+        for index in range(done):
+            written = None if dense or job.propagate == "dense" else results.written(index)
+            with host.block(index, written) as block, _as_first_run(host, job, index):
+                stream.forward(index, block, progress)
+        progress.finish()
     return stream
 
 

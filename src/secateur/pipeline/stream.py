@@ -25,7 +25,9 @@ CHECK_TOKENS = 64
 class Stream:
     """Rows of tokens on their way through a model: micro-batches, their calls, and their hidden states."""
 
-    def __init__(self, host: Host, rows: Sequence[Tensor], folder: Path, first: int = 0) -> None:
+    def __init__(
+        self, host: Host, rows: Sequence[Tensor], folder: Path, first: int = 0, batch_tokens: int = MICRO_BATCH_TOKENS
+    ) -> None:
         """Run the skeleton on all rows.
 
         Args:
@@ -33,12 +35,13 @@ class Stream:
             rows: token ids, each [T]; consecutive rows of one length share micro-batches.
             folder: where hidden states are kept.
             first: the block to go on with; its input must be in the folder unless it is 0.
+            batch_tokens: of a micro-batch, at most, if it is more than one row.
 
         Raises:
             ModelError: the model's blocks cannot be run one at a time.
         """
         self.host = host
-        self.batches = list(micro_batches(rows))
+        self.batches = list(micro_batches(rows, batch_tokens))
         folder.mkdir(parents=True, exist_ok=True)
         self._files = [folder / "even.bin", folder / "odd.bin"]
         self.observable = check_replay(host.skeleton, host.block, self.batches[0][:1, :CHECK_TOKENS].to(host.device))
@@ -118,12 +121,12 @@ class Stream:
             file.unlink(missing_ok=True)
 
 
-def micro_batches(rows: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Stack consecutive rows of one length into batches [B, T] of at most `MICRO_BATCH_TOKENS` tokens."""
+def micro_batches(rows: Sequence[Tensor], tokens: int = MICRO_BATCH_TOKENS) -> Iterator[Tensor]:
+    """Stack consecutive rows of one length into batches [B, T] of at most `tokens` tokens, or of one row."""
     start = 0
     while start < len(rows):
         length = len(rows[start])
-        most = max(1, MICRO_BATCH_TOKENS // length)
+        most = max(1, tokens // length)
         end = start + 1
         while end < len(rows) and end - start < most and len(rows[end]) == length:
             end += 1
