@@ -3,13 +3,19 @@
 import pytest
 import torch
 
-from secateur.pruning import METHODS, NM, SUMSQ, Block, Matrix, Row, Statistics, parse_pattern
+from secateur.pruning import METHODS, NM, SUMSQ, Block, Matrix, Row, Statistics, parse_method, parse_pattern
 
 PATTERNS = ["row", "matrix", "2:4", "3:5", "block:4x8"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+COMPOSED = ["magnitude+pcg", "wanda+obs", "sparsegpt+pcg", "alps+obs+pcg", "wanda+swaps+pcg"]
+
 every_method = pytest.mark.parametrize("method", METHODS)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+every_composition = pytest.mark.parametrize(
+    ("method", "pattern"),
+    [(m, p) for m in COMPOSED for p in PATTERNS if "swaps" not in m or p in ("row", "2:4", "3:5")],
+)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -28,7 +34,8 @@ def tokens(columns, count=None):
 
 def prune(method, W, x, sparsity, pattern):
     """Run a method on just the statistics that it says it needs."""
-    return METHODS[method](W, Statistics.of(x, METHODS[method].needs), sparsity, parse_pattern(pattern))
+    method = parse_method(method)
+    return method(W, Statistics.of(x, method.needs), sparsity, parse_pattern(pattern))
 
 
 def check(W, pruned, mask, sparsity, pattern):
@@ -176,6 +183,32 @@ def test_thin_matrices(method, pattern, dtype):
         for sparsity in (0.0, 0.5, 0.99):
             pruned, mask = prune(method, W, x, sparsity, pattern)
             check(W, pruned, mask, sparsity, pattern)
+
+
+@every_composition
+def test_a_composition_keeps_what_a_method_promises(method, pattern):
+    for dtype in DTYPES:
+        W, x = weights(12, 37, dtype), tokens(37)
+        before = W.clone()
+        for sparsity in (0.0, 0.5, 0.99):
+            pruned, mask = prune(method, W, x, sparsity, pattern)
+            check(W, pruned, mask, sparsity, pattern)
+            assert torch.equal(pruned != 0, mask)
+            again, again_mask = prune(method, W.T.contiguous().T, x, sparsity, pattern)
+            assert torch.equal(again_mask, mask)
+            torch.testing.assert_close(again, pruned, rtol=1e-3, atol=1e-5)
+            pruned.fill_(7), mask.fill_(False)
+            assert torch.equal(W, before)
+
+
+@every_composition
+@pytest.mark.parametrize("kind", INPUTS)
+def test_degenerate_inputs_of_a_composition(method, pattern, kind):
+    for shape in ((12, 37), (1, 37)):
+        W = weights(*shape)
+        W[:, 3] = 0
+        pruned, mask = prune(method, W, INPUTS[kind](tokens(37)), 0.5, pattern)
+        check(W, pruned, mask, 0.5, pattern)
 
 
 @every_method

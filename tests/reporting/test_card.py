@@ -284,6 +284,11 @@ PUBLISHED = {
         "Zhang", "Cannistraci",
         "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", "2024", "Tr0lPx9woF",
     ),
+    "alps": (
+        "Meng", "Mazumder",
+        "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", "2024",
+        "2406.07831",
+    ),
 }  # fmt: skip
 
 

@@ -65,9 +65,9 @@ def compare(
 
     Args:
         models: directories, hub ids, ``.gguf`` files, ``smollm2``.
-        methods: with options (``sparsegpt:damping=0.02``); ``shrink`` removes whole parts, as `shrink` does, and takes
-            its options ``of`` (``heads+neurons``), ``criterion``, ``depth``, ``compensate`` (``yes``, ``no``),
-            ``round`` and ``propagate``: ``shrink:of=layers:depth=influence``.
+        methods: with options (``sparsegpt:damping=0.02``) and updates (``wanda+pcg``); ``shrink`` removes whole parts,
+            as `shrink` does, and takes its options ``of`` (``heads+neurons``), ``criterion``, ``depth``, ``compensate``
+            (``yes``, ``no``), ``round`` and ``propagate``: ``shrink:of=layers:depth=influence``.
         sparsities: fractions removed; N:M patterns have their own; the `target` of ``shrink``.
         patterns: ``own`` is each method's own; else as in `prune`; not for ``shrink``.
         calibration: one SOURCE or several.

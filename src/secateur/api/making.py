@@ -18,6 +18,7 @@ from ..pipeline.live import prune_live
 from ..pipeline.machine import choose_device
 from ..pipeline.packing import pack_checkpoint, unpack_checkpoint
 from ..pipeline.plan import Request
+from ..pipeline.presets import chosen
 from ..pipeline.prune import prune_checkpoint
 from ..pipeline.reconstruct import Reconstruction
 from ..progress import Progress
@@ -46,16 +47,18 @@ def prune(
     model: str | Path | PreTrainedModel,
     output: str | Path | None = None,
     *,
-    method: str | Method = "wanda",
+    preset: str | None = None,
+    method: str | Method | None = None,
+    update: str | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
     calibration: Any = "c4",
     samples: int | None = None,
     seqlen: int | None = None,
     seed: int = 0,
-    allocation: str | Mapping[str, float | str] | Sequence[float] = "uniform",
+    allocation: str | Mapping[str, float | str] | Sequence[float] | None = None,
     propagate: str = "block",
-    reconstruct: bool | Reconstruction = False,
+    reconstruct: bool | Reconstruction | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     format: str = "dense",
@@ -81,8 +84,13 @@ def prune(
     Args:
         model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model.
         output: directory of the new checkpoint.
-        method: ``magnitude``, ``wanda``, ``ria``, ``sparsegpt`` with options (``sparsegpt:damping=0.02``), or a
-            `Method` of your own.
+        preset: ``fast``, ``balanced`` or ``best``: the method, reconstruction and allocation for so much patience; what
+            is given besides wins.
+        method: ``magnitude``, ``wanda`` (the default), ``ria``, ``sparsegpt``, ``alps`` with options
+            (``sparsegpt:damping=0.02``) and what follows it (``wanda+swaps+pcg:iterations=40``), or a `Method` of your
+            own.
+        update: what follows the method: ``pcg`` or ``obs`` solve for the weights that are kept, ``swaps`` improves the
+            mask; the same as ``+pcg`` after the method.
         sparsity: fraction of weights removed, in [0, 1); None is 0.5, or what an N:M pattern implies.
         pattern: ``row``, ``matrix``, ``N:M`` (keep N of M), ``block:RxC``; None is the method's own.
         calibration: a SOURCE, strings, token ids [samples, seqlen], records, or a tokenizer's batch; ``self`` is text
@@ -90,11 +98,12 @@ def prune(
         samples: calibration sequences; None is 128, or as many as there are.
         seqlen: tokens of a sequence; None is min(2048, context).
         seed: of the random crops.
-        allocation: ``uniform``, a YAML file, a mapping of blocks or expressions to sparsities, or one number a block.
+        allocation: ``uniform`` (the default), a YAML file, a mapping of blocks or expressions to sparsities, or one
+            number a block.
         propagate: what later matrices see: ``block``, the pruned blocks before them; ``dense``, the unpruned model;
             ``sequential``, every pruned matrix before them, at the cost of one forward in place of two.
         reconstruct: train each block's kept weights, once its matrices are pruned, to give the dense model's hidden
-            states; settings in a `Reconstruction`.
+            states; settings in a `Reconstruction`; None is what the preset says.
         include: expressions; only matrices in whose name one is found.
         exclude: expressions; no matrix in whose name one is found.
         format: of the pruned matrices: ``dense``, ``bitmask`` (any zeros), ``nm`` (N:M with M up to 16).
@@ -116,11 +125,14 @@ def prune(
         SecateurError: one line that says what, where, and what to do.
     """
     progress = progress or terminal_progress(lines=False)
+    choice = chosen(
+        preset, method=method, update=update, allocation=allocation, reconstruct=reconstruct, sparsity=sparsity,
+        pattern=pattern,
+    )  # fmt: skip
     request = Request(
-        method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
-        seed=seed, allocation=allocation, propagate=propagate, reconstruct=reconstruct, include=include,
-        exclude=exclude, dtype=dtype, device=device, threads=threads, evaluate=evaluate,
-        trust_remote_code=trust_remote_code, format=format, values=values,
+        **choice, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples, seqlen=seqlen,
+        seed=seed, propagate=propagate, include=include, exclude=exclude, dtype=dtype, device=device,
+        threads=threads, evaluate=evaluate, trust_remote_code=trust_remote_code, format=format, values=values,
     )  # fmt: skip
     if isinstance(model, PreTrainedModel) or output is None:
         if evaluate or max_loss is not None or dry_run or dtype != "auto" or format != "dense":

@@ -34,9 +34,25 @@ from .arguments import (
 def prune(
     model: Model,
     output: Output,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="fast, balanced or best: method, reconstruction and allocation.", show_default="none"),
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="magnitude, wanda, ria or sparsegpt; options follow colons: sparsegpt:damping=0.02")
-    ] = "wanda",
+        str | None,
+        typer.Option(
+            help="magnitude, wanda, ria, sparsegpt or alps; options follow colons: alps:damping=0.02",
+            show_default="wanda",
+        ),
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What follows the method: pcg or obs solve for the kept weights, swaps improves the mask; swaps+pcg.",
+            show_default="none",
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(
@@ -51,7 +67,7 @@ def prune(
     samples: Samples = None,
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
-    allocation: Allocation = "uniform",
+    allocation: Allocation | None = None,
     propagate: Annotated[
         str,
         typer.Option(
@@ -60,12 +76,13 @@ def prune(
         ),
     ] = "block",
     reconstruct: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--reconstruct",
+            "--reconstruct/--no-reconstruct",
             help="Train each block's kept weights, once it is pruned, to give the dense model's hidden states.",
+            show_default="the preset's",
         ),
-    ] = False,
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     format: Annotated[
@@ -96,9 +113,9 @@ def prune(
     from ..reporting.terminal.tables import plan_table, prune_table
 
     result = api.prune(
-        model, output, method=method, sparsity=sparsity, pattern=pattern, calibration=calibration, samples=samples,
-        seqlen=seqlen, seed=seed, allocation=allocation, propagate=propagate, reconstruct=reconstruct,
-        include=include or (),
+        model, output, preset=preset, method=method, update=update, sparsity=sparsity, pattern=pattern,
+        calibration=calibration, samples=samples, seqlen=seqlen, seed=seed, allocation=allocation,
+        propagate=propagate, reconstruct=reconstruct, include=include or (),
         exclude=exclude or (), format=format, values=values, dtype=dtype, device=device, threads=threads,
         evaluate=evaluate, max_loss=max_loss, dry_run=dry_run, overwrite=overwrite, resume=resume,
         trust_remote_code=trust_remote_code, progress=screen.progress(),

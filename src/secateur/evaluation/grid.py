@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -99,7 +100,7 @@ class Grid:
     def _combinations(self) -> Iterator[Cell]:
         axes = product(self.calibrations, self.samples, self.seeds, self.methods, self.patterns)
         for calibration, samples, seed, method, pattern in axes:
-            name = str(method).partition(":")[0]
+            name = re.split("[:+]", str(method))[0]
             if name == SHRINK:
                 for removed in self.sparsities:
                     yield _shrunken(Cell(method, STRUCTURED, removed, calibration, samples, seed))

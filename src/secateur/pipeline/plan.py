@@ -20,6 +20,7 @@ from ..models.hosts import Host, block_matrices
 from ..models.matrices import unreadable
 from ..pruning import NM, Method, Statistics, allocate, mean_sparsity, parse_method, parse_pattern
 from ..pruning.allocation import MatrixInfo, Rules, default_target
+from ..pruning.methods import Composition
 from .calibration import Tokens
 from .loop import Job, check_left_out
 from .machine import software
@@ -40,6 +41,7 @@ class Request:
     """The options of one run, as `secateur.prune` documents them."""
 
     method: str | Method = "wanda"
+    preset: str | None = None
     sparsity: float | None = None
     pattern: str | None = None
     calibration: Any = "c4"
@@ -162,6 +164,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
     how = _with_enough_tokens(request.reconstruction, tokens)
     record = {
         "model": dict(model),
+        "preset": request.preset,
         "method": request.method if isinstance(request.method, str) else method_name(method),
         "pattern": str(default.pattern),
         "sparsity": default.sparsity,
@@ -205,6 +208,9 @@ def _with_enough_tokens(how: Reconstruction | None, tokens: Tokens | None) -> Re
 
 def announce(plan: Plan) -> None:
     """Say before the work begins what is going to be pruned, and what that is known to cost."""
+    if plan.record["preset"]:
+        after = ", blocks reconstructed" if plan.record["reconstruct"] else ""
+        log.info("preset %s: method %s%s", plan.record["preset"], plan.record["method"], after)
     if plan.record["allocation"] != "uniform":
         for block in sorted({m.block for m in plan.matrices}):
             inside = [m for m in plan.matrices if m.block == block]
@@ -242,10 +248,17 @@ def calibration_record(tokens: Tokens, seed: int) -> dict[str, Any]:
 
 
 def method_name(method: Method) -> str:
-    """A caller's own method, by its function's name."""
+    """A caller's own method, by its function's name, and the stages that follow it."""
+    if isinstance(method.prune, Composition):
+        stages = [name + option_text(options) for name, options in method.prune.stages]
+        return "+".join([method_name(method.prune.method), *stages])
     function = inspect.unwrap(method.prune)
-    options = "".join(f":{key}={value}" for key, value in sorted(method.options.items()))
-    return getattr(function, "__qualname__", type(function).__name__) + options
+    return getattr(function, "__qualname__", type(function).__name__) + option_text(method.options)
+
+
+def option_text(options: Mapping[str, Any]) -> str:
+    """Options as a method's text has them."""
+    return "".join(f":{key}={value}" for key, value in sorted(options.items()))
 
 
 def listed(texts: str | Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ REPORT = "secateur.json"
 OURS = re.compile(r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|cut|trainer|hidden|output|former|source-.*")
 
 # Entries of the plan that do not change the result.
-COMMENTS = frozenset({"evaluate", "search", "software"})
+COMMENTS = frozenset({"preset", "evaluate", "search", "software"})
 
 
 class RunDirectory:

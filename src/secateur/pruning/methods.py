@@ -1,13 +1,14 @@
 """Methods: ``W_OI, statistics, sparsity, pattern -> W'_OI, mask_OI``, pure; and the table of them all.
 
 To add a score, write one function and one line in `METHODS` (docs/adding-a-method.md); the contract tests
-find it there.
+find it there. Stages of `updates` may follow a method: ``wanda+swaps+pcg``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from ..errors import NumericsError, OptionError, nearest
 from . import scores
+from .alps import alps
 from .patterns import Pattern
 from .sparsegpt import sparsegpt
 from .statistics import GRAM, SUMSQ, Statistics
+from .updates import STAGES
 
 Prune = Callable[..., tuple[Tensor, Tensor]]
 Score = Callable[..., Tensor]
+PLUS = re.compile(r"\+(?!\d)")  # between a method and its stages, and not that of 1e+3
 
 
 @dataclass(frozen=True)
@@ -84,40 +88,98 @@ METHODS: dict[str, Method] = {
     ),
     "ria": Method(one_shot(scores.ria), frozenset({SUMSQ}), paper="https://openreview.net/forum?id=Tr0lPx9woF"),
     "sparsegpt": Method(sparsegpt, frozenset({GRAM}), paper="https://arxiv.org/abs/2301.00774"),
+    "alps": Method(alps, frozenset({GRAM}), paper="https://arxiv.org/abs/2406.07831"),
 }
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A method and the stages that follow it, as one `prune`.
+
+    Attributes:
+        method: what chooses the first mask.
+        stages: names in `STAGES`, with options that override their defaults.
+    """
+
+    method: Method
+    stages: tuple[tuple[str, Mapping[str, Any]], ...]
+
+    def __call__(
+        self, W_OI: Tensor, statistics: Statistics, sparsity: float, pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        new_OI, mask_OI = self.method(W_OI, statistics, sparsity, pattern)
+        for name, options in self.stages:
+            new_OI, mask_OI = STAGES[name](W_OI, new_OI, mask_OI, statistics, pattern, **options)
+        return new_OI, mask_OI
 
 
 def method_options(method: Method) -> dict[str, int | float | str]:
     """Return the options that can be given after the method's name, with their defaults."""
-    parameters = inspect.signature(method.prune).parameters.values()
+    return _options(method.prune)
+
+
+def _options(function: Callable[..., Any]) -> dict[str, int | float | str]:
+    parameters = inspect.signature(function).parameters.values()
     return {
         p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and isinstance(p.default, (int, float, str))
     }
 
 
 def parse_method(text: str) -> Method:
-    """Read ``NAME[:OPTION=VALUE]...``.
+    """Read ``NAME[:OPTION=VALUE]...``, and the stages that follow it: ``+STAGE[:OPTION=VALUE]...``.
 
     >>> dict(parse_method("sparsegpt:damping=0.02:block_size=64").options)
     {'damping': 0.02, 'block_size': 64}
+    >>> parse_method("wanda+swaps+pcg:iterations=20").prune.stages
+    (('swaps', {}), ('pcg', {'iterations': 20}))
 
     Raises:
-        OptionError: the method or one of its options is unknown, or a value does not fit.
+        OptionError: the method, a stage or one of their options is unknown, or a value does not fit.
     """
-    name, *pairs = str(text).split(":")
+    first, *stages = PLUS.split(str(text))
+    name, *pairs = first.split(":")
     if name not in METHODS:
         raise OptionError(f"unknown method {name!r}: {nearest(name, METHODS)}")
-    method = METHODS[name]
-    known = method_options(method)
+    method = replace(METHODS[name], options=_read(f"method {name!r}", pairs, method_options(METHODS[name])))
+    return _followed(method, stages) if stages else method
+
+
+def updated(method: str | Method, update: str | None) -> str | Method:
+    """Return a method with more stages, as text if it is text: ``pcg``, ``swaps+pcg:iterations=20``.
+
+    >>> updated("wanda", "pcg")
+    'wanda+pcg'
+
+    Raises:
+        OptionError: the method is no text, and a stage or one of its options is unknown.
+    """
+    if update is None:
+        return method
+    return _followed(method, PLUS.split(update)) if isinstance(method, Method) else f"{method}+{update}"
+
+
+def _followed(method: Method, stages: Sequence[str]) -> Method:
+    """A method, and then these stages."""
+    parts = []
+    for stage in stages:
+        name, *pairs = stage.split(":")
+        if name not in STAGES:
+            raise OptionError(f"unknown update {name!r}: {nearest(name, STAGES)}")
+        parts.append((name, _read(f"update {name!r}", pairs, _options(STAGES[name]))))
+    return replace(method, prune=Composition(method, tuple(parts)), needs=method.needs | {GRAM}, options={})
+
+
+def _read(who: str, pairs: Sequence[str], known: Mapping[str, int | float | str]) -> dict[str, Any]:
+    """Read ``OPTION=VALUE`` of a method or a stage."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if key not in known or not equals:
-            hint = nearest(key, known) if known else f"{name} has no options"
-            raise OptionError(f"method {name!r}: cannot read option {pair!r} (OPTION=VALUE); {hint}")
+            hint = nearest(key, known) if known else f"{who.split(' ')[1][1:-1]} has no options"
+            raise OptionError(f"{who}: cannot read option {pair!r} (OPTION=VALUE); {hint}")
         kind = type(known[key])
         try:
             options[key] = kind(value)
         except ValueError:
-            raise OptionError(f"method {name!r}: {key} takes {kind.__name__}, not {value!r}") from None
-    return replace(method, options=options)
+            raise OptionError(f"{who}: {key} takes {kind.__name__}, not {value!r}") from None
+    return options

@@ -140,21 +140,23 @@ def inverse_factor(gram_II: Tensor, damping: float, *, unseen: float = 1.0) -> T
     )
 
 
-def damped(gram_II: Tensor, damping: float, *, unseen: float = 1.0) -> Iterator[Tensor]:
+def damped(
+    gram_II: Tensor, damping: float, *, unseen: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
     """Yield G + d I, d = damping * mean(diag G); for those that fail to factorise it, with 10 d, and then in float64.
 
-    Columns without input get `unseen` times that mean as their diagonal in G.
+    The mean is that of the columns that had input; the others get `unseen` times it as their diagonal in G.
 
     Raises:
         NumericsError: the Gram matrix is not finite.
     """
     if not torch.isfinite(gram_II).all():
         raise NumericsError("the Gram matrix of the inputs holds NaN or Inf")
-    for dtype, factor in ((torch.float32, 1), (torch.float32, 10), (torch.float64, 10)):
-        H_II = gram_II.to(dtype, copy=True)
+    for kind, factor in ((dtype, 1), (dtype, 10), (torch.float64, 10)):
+        H_II = gram_II.to(kind, copy=True)
         diagonal_I = H_II.diagonal()
         alive_I = diagonal_I > 0
-        mean = diagonal_I[alive_I].mean() if alive_I.any() else torch.ones((), dtype=dtype)
+        mean = diagonal_I[alive_I].mean() if alive_I.any() else torch.ones((), dtype=kind)
         diagonal_I[~alive_I] = unseen * mean
         diagonal_I += factor * damping * mean
         yield H_II

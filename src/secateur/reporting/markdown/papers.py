@@ -36,6 +36,22 @@ PAPERS = {
         "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
         "ICLR 2024; here without its channel permutation", "https://openreview.net/forum?id=Tr0lPx9woF",
     ),
+    "alps": Paper(
+        "ALPS", "Xiang Meng, Kayhan Behdin, Haoyue Wang, Rahul Mazumder",
+        "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
+        "NeurIPS 2024", "https://arxiv.org/abs/2406.07831",
+    ),
+}  # fmt: skip
+
+# What follows a method.
+STAGE_PAPERS = {
+    "pcg": PAPERS["alps"]._replace(name="conjugate gradients of ALPS"),
+    "obs": PAPERS["sparsegpt"]._replace(name="weight update of SparseGPT"),
+    "swaps": Paper(
+        "SparseSwaps", "Max Zimmer, Christophe Roux, Moritz Wagner, Deborah Hendrych, Sebastian Pokutta",
+        "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale",
+        "2025", "https://arxiv.org/abs/2512.10922",
+    ),
 }  # fmt: skip
 
 ZIPLM = Paper(

@@ -1,0 +1,45 @@
+"""Presets: which method, reconstruction and allocation for how much patience (docs/choosing.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import OptionError, nearest
+from ..pruning import Method, parse_pattern, updated
+from ..pruning.allocation import Rules
+from .reconstruct import Reconstruction
+
+DEFAULT_METHOD = "wanda"
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "wanda"},
+    "balanced": {"method": "wanda+swaps+pcg"},
+    "best": {"method": "wanda+swaps+pcg", "reconstruct": True},
+}
+MUCH = 0.6  # sparsity from which `best` allocates: below, no allocation helps
+BEST_ALLOCATION = "linear"
+
+
+def chosen(
+    preset: str | None,
+    *,
+    method: str | Method | None,
+    update: str | None,
+    allocation: str | Rules | None,
+    reconstruct: bool | Reconstruction | None,
+    sparsity: float | None,
+    pattern: str | None,
+) -> dict[str, Any]:
+    """Return what a `Request` is asked for: what the user gave, and for the rest what the preset says.
+
+    Raises:
+        OptionError: no such preset.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise OptionError(f"unknown preset {preset!r}: {nearest(preset, PRESETS)}")
+    wished = {"method": DEFAULT_METHOD, "reconstruct": False, "allocation": "uniform", **PRESETS.get(preset or "", {})}
+    free = pattern is None or parse_pattern(pattern).fixed_sparsity is None
+    if preset == "best" and free and isinstance(sparsity, float) and sparsity >= MUCH:
+        wished["allocation"] = BEST_ALLOCATION
+    given = {"method": method, "reconstruct": reconstruct, "allocation": allocation}
+    wished |= {name: value for name, value in given.items() if value is not None}
+    return {**wished, "method": updated(wished["method"], update), "preset": preset}
