@@ -4,8 +4,8 @@
     python benchmarks/quality.py -o benchmarks/results/quality --print > tables.md
 
 DATA holds `c4_docs.jsonl` (to calibrate) and `wiki.test.raw` (to measure), and for the second model its directory
-`stories`, made by `benchmarks/stories.py`. A row that is in OUTPUT/rows.jsonl is not measured again. On two threads of a
-CPU a row with reconstruction takes about two hours; on a GPU minutes.
+`stories`, made by `benchmarks/stories.py`. A row that is in OUTPUT/rows.jsonl is not measured again. On two threads of
+a CPU a row with reconstruction takes about two hours; on a GPU minutes.
 """
 
 import argparse

@@ -98,8 +98,9 @@ def prune(
         samples: calibration sequences; None is 128, or as many as there are.
         seqlen: tokens of a sequence; None is min(2048, context).
         seed: of the random crops.
-        allocation: ``uniform`` (the default), a YAML file, a mapping of blocks or expressions to sparsities, or one
-            number a block.
+        allocation: ``uniform`` (the default); ``linear`` (in depth, its slope is sought), ``owl`` (by outliers) or
+            ``alpha`` (by spectra), which find a sparsity a block; a YAML file, a mapping of blocks or expressions
+            to sparsities; or one number a block.
         propagate: what later matrices see: ``block``, the pruned blocks before them; ``dense``, the unpruned model;
             ``sequential``, every pruned matrix before them, at the cost of one forward in place of two.
         reconstruct: train each block's kept weights, once its matrices are pruned, to give the dense model's hidden

@@ -30,7 +30,12 @@ Pattern = Annotated[
     str | None, typer.Option(help="row, matrix, N:M (keep N of M) or block:RxC.", show_default="the method's own")
 ]
 Allocation = Annotated[
-    str, typer.Option(metavar="FILE.yaml", help="Sparsity by matrix: uniform, or a file of keys and sparsities.")
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE.yaml",
+        help="Sparsity by matrix: uniform, or a file of keys and sparsities; of prune also linear (in depth; the slope "
+        "is sought), owl (by outliers) or alpha (by spectra).",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="Of the written tensors: auto (the source's), float32, float16, bfloat16.")]
 Evaluate = Annotated[

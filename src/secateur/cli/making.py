@@ -67,7 +67,7 @@ def prune(
     samples: Samples = None,
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
-    allocation: Allocation | None = None,
+    allocation: Allocation = None,
     propagate: Annotated[
         str,
         typer.Option(
@@ -78,7 +78,7 @@ def prune(
     reconstruct: Annotated[
         bool | None,
         typer.Option(
-            "--reconstruct/--no-reconstruct",
+            "--reconstruct",
             help="Train each block's kept weights, once it is pruned, to give the dense model's hidden states.",
             show_default="the preset's",
         ),

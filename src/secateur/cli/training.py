@@ -111,8 +111,9 @@ def finetune(
     report = api.finetune(
         model, output, data, train=train, steps=steps, batch_size=batch_size, accumulate=accumulate, seqlen=seqlen,
         learning_rate=learning_rate, rank=rank, teacher=teacher, sparsity=sparsity, initial=initial, schedule=schedule,
-        every=every, rounds=rounds, method=method, pattern=pattern, allocation=allocation, include=include or (),
-        exclude=exclude or (), samples=samples, eval_steps=eval_steps, gradient_checkpointing=gradient_checkpointing,
+        every=every, rounds=rounds, method=method, pattern=pattern, allocation=allocation or "uniform",
+        include=include or (), exclude=exclude or (), samples=samples, eval_steps=eval_steps,
+        gradient_checkpointing=gradient_checkpointing,
         seed=seed, device=device, threads=threads, evaluate=evaluate, overwrite=overwrite, resume=resume,
         trust_remote_code=trust_remote_code, progress=screen.progress(),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from ..models.hosts import LiveHost
 from ..models.matrices import Matrix
 from ..models.source import load_tokenizer, quiet_transformers
 from ..progress import Progress
+from .allocating import with_allocation
 from .files import write_text
 from .loop import prune_blocks
 from .machine import peak_memory_bytes, threads
@@ -111,12 +112,14 @@ def prune_live(
     try:
         with threads(request.threads), host.borrowed(), tempfile.TemporaryDirectory() as folder:
             tokens = None
-            if request.calibrated:
+            if request.calibrates:
                 tokenizer = tokenizer or load_tokenizer(model.name_or_path, request.trust_remote_code)
                 tokens = tokens_for(
                     host, request.calibration, tokenizer, request.samples, request.seqlen, request.seed, progress
                 )
-            plan = make_plan(request, host, {"name": model.name_or_path, "digest": None}, tokens)
+            facts = {"name": model.name_or_path, "digest": None}
+            request = with_allocation(request, host, facts, tokens, Path(folder) / "allocating", (), progress)
+            plan = make_plan(request, host, facts, tokens)
             announce(plan)
             stream = dense = None
             if tokens and plan.job.reconstruct:
@@ -124,7 +127,7 @@ def prune_live(
                     Stream(host, tokens.rows, Path(folder) / name, batch_tokens=plan.job.reconstruct.batch_tokens)
                     for name in ("pruned", "dense")
                 )
-            elif tokens:
+            elif tokens and plan.job.method.needs:
                 stream = Stream(host, tokens.rows, Path(folder))
             prune_blocks(host, plan.job, stream, results, progress, dense)
     except SecateurError as error:

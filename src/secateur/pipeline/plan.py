@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..errors import OptionError, nearest
 from ..models.formats import MAX_M
@@ -20,18 +17,19 @@ from ..models.hosts import Host, block_matrices
 from ..models.matrices import unreadable
 from ..pruning import NM, Method, Statistics, allocate, mean_sparsity, parse_method, parse_pattern
 from ..pruning.allocation import MatrixInfo, Rules, default_target
+from ..pruning.depth import check_target
 from ..pruning.methods import Composition
 from .calibration import Tokens
 from .loop import Job, check_left_out
 from .machine import software
 from .reconstruct import FEWEST, Reconstruction
+from .rules import CALIBRATED, allocation_name, allocation_rules
 from .stream import MICRO_BATCH_TOKENS, micro_batches
 
 log = logging.getLogger("secateur")
 
 MOST_THREADS = 1024
 PROPAGATE = ("block", "dense", "sequential")
-ALLOCATIONS = ("uniform",)
 FORMATS = ("dense", "bitmask", "nm")
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,6 +59,7 @@ class Request:
     format: str = "dense"
     values: str | None = None
     search: Mapping[str, Any] | None = None
+    allocation_found: Mapping[str, Any] | None = None
 
     def check(self) -> None:
         """Raise OptionError for what can be refused before a model is opened."""
@@ -91,12 +90,15 @@ class Request:
                     re.compile(text)
                 except re.error as error:
                     raise OptionError(f"{name} {text!r} is no regular expression ({error})") from None
-        allocation_rules(self.allocation)
+        if allocation := allocation_name(self.allocation):
+            check_target(allocation, target)
+        else:
+            allocation_rules(self.allocation)
 
     @property
-    def calibrated(self) -> bool:
-        """Whether calibration tokens are needed."""
-        return bool(self.parsed_method.needs or self.reconstruct)
+    def calibrates(self) -> bool:
+        """Whether calibration tokens are needed: by the method, to reconstruct, or by the allocation."""
+        return bool(self.parsed_method.needs or self.reconstruct) or allocation_name(self.allocation) in CALIBRATED
 
     @property
     def reconstruction(self) -> Reconstruction | None:
@@ -170,6 +172,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "sparsity": default.sparsity,
         "calibration": None if tokens is None else calibration_record(tokens, request.seed),
         "allocation": "uniform" if rules is None else (dict(rules) if isinstance(rules, Mapping) else list(rules)),
+        "allocation_found": request.allocation_found,
         "propagate": request.propagate,
         "reconstruct": None if how is None else asdict(how),
         "include": listed(request.include),
@@ -284,34 +287,6 @@ def select(matrices: list[MatrixInfo], include: list[str], exclude: list[str]) -
     if not kept:
         raise OptionError("include and exclude leave no matrix to prune")
     return kept
-
-
-def allocation_rules(allocation: str | Rules) -> Rules | None:
-    """Return the rules of an allocation: None for ``uniform``, the contents of a YAML or JSON file.
-
-    Raises:
-        OptionError: no such allocation or file, or the file holds no rules.
-    """
-    if not isinstance(allocation, str):
-        return allocation
-    if allocation == "uniform":
-        return None
-    path = Path(os.path.expanduser(allocation))
-    if not os.path.isfile(path):  # False for a name that no file can have
-        raise OptionError(
-            f"unknown allocation {allocation!r}: neither a file nor a name; {nearest(allocation, ALLOCATIONS)}"
-        )
-    try:
-        rules = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # every value a string: plain YAML reads 2:4 as 124
-    except OSError as error:
-        raise OptionError(f"{allocation}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        raise OptionError(f"{allocation}: is not YAML") from None
-    if not isinstance(rules, (dict, list)) or not rules:
-        raise OptionError(
-            f"{allocation}: holds neither a table of keys and sparsities nor a list of one number per block"
-        )
-    return rules
 
 
 def check_format(format: str, values: str | None) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..models.matrices import watching
 from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..progress import Progress
+from .allocating import known_plans, with_allocation
 from .calibration import Tokens
 from .disk_run import DiskRun
 from .estimate import estimate
@@ -76,7 +77,7 @@ def prune_checkpoint(
             host, tokens, plan, _ = _prepare(model, path, Path(scratch), request, progress, tokenizer)
             return {**plan.record, **estimate(plan, host, tokens)}
     with run_of(output, resume) as run, threads(request.threads):
-        host, tokens, plan, source = _prepare(model, path, run.path, request, progress, tokenizer)
+        host, tokens, plan, source = _prepare(model, path, run.path, request, progress, tokenizer, known_plans(run))
         finished = None if overwrite else finished_result(run.output, plan.record)
         if finished is not None:
             run.forget()
@@ -87,14 +88,20 @@ def prune_checkpoint(
 
 
 def _prepare(
-    model: str, path: Path, scratch: Path, request: Request, progress: Progress, tokenizer: Any
+    model: str,
+    path: Path,
+    scratch: Path,
+    request: Request,
+    progress: Progress,
+    tokenizer: Any,
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[DiskHost, Tokens | None, Plan, Checkpoint]:
     dtype = written_dtype(request.dtype)
     source = open_checkpoint(as_checkpoint(path, scratch, dtype), request.trust_remote_code)
     trained = torch.float32 if request.reconstruct else None  # in 16 bits small steps vanish
     host = DiskHost(source, choose_device(request.device), dtype, computing=trained)
     tokens = None
-    if request.calibrated:
+    if request.calibrates:
         tokenizer = tokenizer or load_tokenizer(source.directory, request.trust_remote_code)
         tokens = tokens_for(
             host, request.calibration, tokenizer, request.samples, request.seqlen, request.seed, progress
@@ -103,7 +110,10 @@ def _prepare(
     progress.start("reading the model", sum(file.stat().st_size for file in files))
     facts = {"name": model, "digest": digest(files, progress.advance)}
     progress.finish()
-    return host, tokens, make_plan(request, host, facts, tokens), source
+    request = with_allocation(request, host, facts, tokens, scratch / "allocating", known, progress)
+    plan = make_plan(request, host, facts, tokens)
+    streamed = plan.job.method.needs or plan.job.reconstruct
+    return host, tokens if streamed else None, plan, source
 
 
 def _run(

@@ -6,6 +6,7 @@
     cut/             the tensors of blocks with fewer neurons, heads or experts
     trainer/         checkpoints of training
     hidden/          hidden states on their way
+    allocating/      the same, while an allocation is found
     source-*/        a GGUF model, dequantised
     output/          the checkpoint while it is being written
     former/          a result that --overwrite replaces, until its successor is in place
@@ -40,7 +41,9 @@ log = logging.getLogger("secateur")
 
 REPORT = "secateur.json"
 
-OURS = re.compile(r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|cut|trainer|hidden|output|former|source-.*")
+OURS = re.compile(
+    r"lock|(plan\.json|journal\.jsonl)(\.part)?|blocks|cut|trainer|hidden|allocating|output|former|source-.*"
+)
 
 # Entries of the plan that do not change the result.
 COMMENTS = frozenset({"preset", "evaluate", "search", "software"})

@@ -6,6 +6,8 @@ so a run that dies in the middle of a block still has the block's input.
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -56,6 +58,17 @@ class Stream:
             self._offsets.append(self._offsets[-1] + hidden.numel())
             if first == 0:
                 self.put(0, number, hidden)
+
+    def beside(self, folder: Path) -> Stream:
+        """Return a stream of the same rows, at the first block as this one still is, with hidden states of its own."""
+        other = copy.copy(self)
+        folder.mkdir(parents=True, exist_ok=True)
+        other._files = [folder / file.name for file in self._files]
+        try:
+            shutil.copyfile(self._files[0], other._files[0])
+        except OSError as error:
+            raise OutputError(f"{folder}: hidden states {unwritable(error)}") from error
+        return other
 
     @property
     def tokens(self) -> int:

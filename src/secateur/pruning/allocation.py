@@ -142,13 +142,25 @@ def allocate_by_sensitivity(
     Raises:
         OptionError: target or spread is out of range.
     """
-    if not 0 <= target <= MOST:
-        raise OptionError(f"target {target:g}: is a mean sparsity of at least 0 and at most {MOST:g}")
     if not 0 <= spread < 1:
         raise OptionError(f"spread {spread:g}: is a difference of sparsities, at least 0 and below 1")
     x = [math.log(max(kl, NO_KL) / count) for kl, count in zip(divergences, weights, strict=True)]
     middle, half = (max(x) + min(x)) / 2, (max(x) - min(x)) / 2
     wished = [target - (spread * (value - middle) / half if half else 0.0) for value in x]
+    return [round(value, 6) for value in balanced(wished, weights, target)]
+
+
+def balanced(wished: Sequence[float], weights: Sequence[int], target: float) -> list[float]:
+    """Shift sparsities, clipped to [0, 0.95], by what makes their weighted mean the target.
+
+    >>> [round(s, 6) for s in balanced([0.9, 0.1], [8, 8], 0.7)]
+    [0.95, 0.45]
+
+    Raises:
+        OptionError: no such sparsities have that mean.
+    """
+    if not 0 <= target <= MOST:
+        raise OptionError(f"target {target:g}: is a mean sparsity of at least 0 and at most {MOST:g}")
 
     def shifted(shift: float) -> list[float]:
         return [min(max(value + shift, 0.0), MOST) for value in wished]
@@ -158,7 +170,7 @@ def allocate_by_sensitivity(
         shift = (low + high) / 2
         mean = sum(s * count for s, count in zip(shifted(shift), weights, strict=True)) / sum(weights)
         low, high = (shift, high) if mean < target else (low, shift)
-    return [round(value, 6) for value in shifted(high)]
+    return shifted(high)
 
 
 def _matcher(key: str) -> Callable[[MatrixInfo], bool]:

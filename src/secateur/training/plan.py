@@ -16,7 +16,8 @@ from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..pipeline.calibration import Tokens, context_length
 from ..pipeline.machine import software
-from ..pipeline.plan import allocation_rules, calibration_record, listed
+from ..pipeline.plan import calibration_record, listed
+from ..pipeline.rules import allocation_rules
 from .request import FinetuneRequest
 
 COURSE = ("sparsity", "initial", "schedule", "every", "rounds", "method", "pattern", "samples")
