@@ -50,6 +50,8 @@ def test_disk_equals_live(model, out, name, pattern, sparsity):
     assert list(report["plan"]["allocation"]) == ["0", "1", "2"]
     if pattern == "2:4":
         assert set(report["plan"]["allocation"].values()) <= {"1:4", "2:4", "3:4"}
+        if name == "linear":
+            assert len({row["kl"] for row in found["slopes"]}) > 2  # slopes steep enough to part the three blocks
     assert not out.with_name("out.secateur").exists()
 
 
@@ -72,8 +74,9 @@ def test_a_method_without_calibration_gets_it_for_the_allocation_alone(model, ou
     assert report["plan"]["calibration"]["tokens"] == ROWS.numel()
     assert {row["tokens"] for row in report["matrices"]} == {None}
     assert {row["output_error"] for row in report["blocks"]} == {None}
-    mine = plan_of(load(model), allocation="owl", method="magnitude")
-    assert mine["allocation"] == report["plan"]["allocation"]
+    mine = secateur.prune(load(model), allocation="owl", method="magnitude", calibration=ROWS).report
+    assert mine["plan"]["allocation"] == report["plan"]["allocation"]
+    assert {row["output_error"] for row in mine["blocks"]} == {None}
 
 
 def test_uniform_and_rules_have_no_record():
@@ -210,6 +213,17 @@ def test_interrupted_while_finding_nothing_is_left(model, out):
     with pytest.raises(KeyboardInterrupt):
         secateur.prune(model, out, calibration=ROWS, allocation="linear", progress=Interrupts(12, "allocating"))
     assert files_below(out.parent) == {}
+
+
+def test_what_a_process_left_that_was_killed_while_finding_is_no_hindrance(model, tmp_path):
+    options = {"calibration": ROWS, "allocation": "owl", "sparsity": 0.6}
+    secateur.prune(model, tmp_path / "whole", **options)
+    left = tmp_path / "out.secateur" / "allocating" / "dense"
+    left.mkdir(parents=True)
+    (left / "even.bin").write_bytes(b"torn")
+    secateur.prune(model, tmp_path / "out", **options)
+    assert same_bytes(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_a_dry_run_finds_it_too(model, out):

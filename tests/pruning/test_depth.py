@@ -198,6 +198,7 @@ def test_only_blocks_of_equal_weights_are_paired():
 
 def test_equal_blocks_stay_in_the_middle():
     assert spelled(as_levels([0.5] * 4, [9] * 4, NM(2, 4))) == "2 2 2 2"
+    assert spelled(as_levels([0.6, 0.6, 0.1], [9, 9, 18], NM(2, 4))) == "2 2 2"
 
 
 @settings(max_examples=100, deadline=None)

@@ -19,7 +19,7 @@ from .statistics import Statistics
 from .updates import conjugate_gradients, normalised
 
 EVERY = 3  # iterations between two looks at the mask
-LATE, SETTLED = 30, 3e-4  # from that iteration on, so small a part of the mask may still move
+LATE, SETTLED = 30, 3e-4  # after that iteration, so small a part of the mask may still move
 SOLVE = 10  # iterations of the solve on the mask
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # where more than that part of the mask moved, rho grows so
 
@@ -37,8 +37,9 @@ def alps(
     """Prune `W_OI` by ALPS and update what is kept.
 
     As in the authors' code: damping is a fraction of the mean diagonal (the paper: of its sum), and while the mask
-    has hardly moved from that of the scaled weights, it begins anew with a fifth of rho. Two deviations: every
-    pattern is a projection here, and the last solve runs with all it needs on the device of `W_OI`.
+    has hardly moved, rho falls to a fifth and all begins anew. Deviations: it does so too where nothing moved at all
+    (the code goes on from there), any pattern is a projection, and the last mask and the start of the last solve are
+    those of D, as the paper has them (the code: of B).
 
     Args:
         W_OI: weights [out, in], any floating dtype; not changed.
@@ -71,7 +72,7 @@ def _admm(
     T_OI: Tensor, H_II: Tensor, sparsity: float, pattern: Pattern, iterations: int, rho: float
 ) -> tuple[Tensor, Tensor]:
     """Return weights and the mask that they keep to."""
-    seen_OI = mask_OI = pattern.mask(T_OI.abs(), sparsity)
+    first_OI = seen_OI = mask_OI = pattern.mask(T_OI.abs(), sparsity)
     kept = int(mask_OI.count_nonzero())
     D_OI, V_OI = T_OI * mask_OI, torch.zeros_like(T_OI)
     if kept in (0, mask_OI.numel()):
@@ -88,15 +89,14 @@ def _admm(
             continue
         moved = int((mask_OI ^ seen_OI).count_nonzero()) / kept
         seen_OI = mask_OI
-        if (raised and not moved) or (i >= LATE and moved < SETTLED) or i == iterations:
+        if (raised and not moved) or (i > LATE and moved < SETTLED) or i == iterations:
             break
         if raised or moved > GROWTH[1][0]:
             raised = True
             rho *= next(factor for share, factor in GROWTH if moved > share)
         else:
             rho /= 5
-            seen_OI = mask_OI = pattern.mask(T_OI.abs(), sparsity)
-            D_OI, V_OI = T_OI * mask_OI, torch.zeros_like(T_OI)
+            D_OI, V_OI, seen_OI = T_OI * first_OI, torch.zeros_like(T_OI), first_OI
         M_II = _inverse(eigenvalues_I, Q_II, rho)
     return D_OI, mask_OI
 

@@ -21,7 +21,7 @@ from .statistics import Statistics
 from .swaps import swaps
 
 Stage = Callable[..., tuple[Tensor, Tensor]]
-TOLERANCE = 1e-6  # a row whose residual is this part of its right-hand side is solved
+TOLERANCE = 8  # roundings: a row whose residual is so small a part of its right-hand side is solved
 
 
 def pcg(
@@ -98,9 +98,7 @@ def normalised(name: str, W_OI: Tensor, statistics: Statistics, damping: float) 
     return H_II.div_(norm_I).div_(norm_I[:, None]), norm_I
 
 
-def conjugate_gradients(
-    target_OI: Tensor, start_OI: Tensor, mask_OI: Tensor, H_II: Tensor, iterations: int, rtol: float = TOLERANCE
-) -> Tensor:
+def conjugate_gradients(target_OI: Tensor, start_OI: Tensor, mask_OI: Tensor, H_II: Tensor, iterations: int) -> Tensor:
     """Minimise (x - target) H (x - target)ᵀ of each row x over the weights in the mask, from `start_OI`.
 
     Args:
@@ -109,10 +107,9 @@ def conjugate_gradients(
         mask_OI: True = free.
         H_II: positive definite, with a diagonal of ones.
         iterations: the most steps.
-        rtol: a row rests when its residual is this part of target H.
     """
     pull_OI = target_OI @ H_II
-    enough_O1 = rtol**2 * pull_OI.square().sum(1, keepdim=True)
+    enough_O1 = (TOLERANCE * torch.finfo(H_II.dtype).eps) ** 2 * pull_OI.square().sum(1, keepdim=True)
     full_OI = pull_OI - start_OI @ H_II
     before_O = ((target_OI - start_OI) * full_OI).sum(1)
     x_OI, residual_OI = start_OI.clone(), full_OI * mask_OI
