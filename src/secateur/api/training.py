@@ -74,7 +74,7 @@ def finetune(
         schedule: how sparsity rises: ``cubic``, ``linear`` or ``one-cycle``.
         every: steps from one mask to the next; None is 10, or a tenth of all if that is fewer.
         rounds: prune in this many rounds in place of a schedule, each removing the same fraction of what is left.
-        method: which weights go: gradually by ``magnitude`` (None), ``wanda`` or ``ria``; in rounds by any method,
+        method: which weights go: gradually by ``wanda`` (None), ``ria`` or ``magnitude``; in rounds by any method,
             ``wanda`` if None.
         pattern: ``row``, ``matrix``, ``N:M``, ``block:RxC``; None is the method's own.
         allocation: as in `secateur.prune`.

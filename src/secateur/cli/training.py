@@ -79,8 +79,8 @@ def finetune(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Which weights go: magnitude, wanda, ria; in rounds any method.",
-            show_default="magnitude; in rounds wanda",
+            help="Which weights go: wanda, ria, magnitude; in rounds any method.",
+            show_default="wanda",
         ),
     ] = None,
     pattern: Pattern = None,

@@ -110,7 +110,7 @@ class FinetuneRequest:
     @property
     def pruning(self) -> Request:
         """What is to be pruned on the way."""
-        method = self.method or ("magnitude" if self.rounds is None else "wanda")
+        method = self.method or "wanda"
         return Request(
             method=method, sparsity=self.sparsity, pattern=self.pattern, allocation=self.allocation,
             include=self.include, exclude=self.exclude, device=self.device,
