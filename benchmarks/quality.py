@@ -35,8 +35,15 @@ SEEDS = {"50 %": (0, 1, 2), "2:4": (0, 1, 2)}
 TASKS = ("arc_easy", "piqa", "winogrande", "openbookqa")
 
 
+SETTINGS = [(6, 3e-4, 2048), (6, 1e-3, 2048), (6, 2e-3, 2048), (12, 1e-3, 2048), (6, 1e-3, 4096)]
+
+
 def runs():
     """Every row: table, name, and the options of `secateur.prune`."""
+    for epochs, rate, tokens in SETTINGS:
+        how = secateur.Reconstruction(epochs=epochs, learning_rate=rate, batch_tokens=tokens)
+        name = f"sparsegpt + {epochs} epochs at {rate:g}, {tokens} tokens a step, 50 %"
+        yield "settings", name, {"method": "sparsegpt", "reconstruct": how}
     for goal, asked in TARGETS.items():
         for name, how in STAGES.items():
             yield "ablation", f"{name}, {goal}", {**asked, **how}
@@ -91,7 +98,7 @@ def measured(how, options):
         ).report
         rebuilt = [b["reconstruction"] for b in report["blocks"] if "reconstruction" in b]
         found = {
-            "options": how, "sparsity": report["sparsity"], "seconds": report["seconds"]["pruning"],
+            "options": {name: str(value) for name, value in how.items()}, "sparsity": report["sparsity"], "seconds": report["seconds"]["pruning"],
             "peak_memory_bytes": report["peak_memory_bytes"], "plan": {
                 key: report["plan"].get(key)
                 for key in ("method", "pattern", "calibration", "reconstruct", "allocation_found", "software", "device")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         shrink,
         unpack,
     )
+    from .pipeline.reconstruct import Reconstruction
     from .pruning import METHODS, Method, parse_method, parse_pattern
     from .runtime.arrangement import optimize
     from .training.callbacks import GradualPruning, KeepSparsity
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 # Names that need torch are found when they are asked for, so that `import secateur` and `--help` stay quick.
 _LAZY = {
     "PruneResult": "api",
+    "Reconstruction": "pipeline.reconstruct",
     "bench": "api",
     "compare": "api",
     "evaluate": "api",
@@ -86,6 +88,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "PruneResult",
+    "Reconstruction",
     "ResumeError",
     "SecateurError",
     "__version__",

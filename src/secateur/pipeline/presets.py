@@ -12,8 +12,8 @@ from .reconstruct import Reconstruction
 DEFAULT_METHOD = "wanda"
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
-    "balanced": {"method": "wanda+swaps+pcg"},
-    "best": {"method": "wanda+swaps+pcg", "reconstruct": True},
+    "balanced": {"method": "wanda+pcg"},
+    "best": {"method": "wanda+pcg", "reconstruct": True},
 }
 MUCH = 0.6  # sparsity from which `best` allocates: below, no allocation helps
 BEST_ALLOCATION = "linear"
