@@ -97,13 +97,15 @@ def measured(how, options):
             options.model, place, **{**calibration, **how}, overwrite=True, progress=progress
         ).report
         rebuilt = [b["reconstruction"] for b in report["blocks"] if "reconstruction" in b]
+        told = ("method", "pattern", "calibration", "reconstruct", "allocation_found", "software", "device")
         found = {
-            "options": {name: str(value) for name, value in how.items()}, "sparsity": report["sparsity"], "seconds": report["seconds"]["pruning"],
-            "peak_memory_bytes": report["peak_memory_bytes"], "plan": {
-                key: report["plan"].get(key)
-                for key in ("method", "pattern", "calibration", "reconstruct", "allocation_found", "software", "device")
-            }, "reconstruction": rebuilt,
-        }  # fmt: skip
+            "options": {name: str(value) for name, value in how.items()},
+            "sparsity": report["sparsity"],
+            "seconds": report["seconds"]["pruning"],
+            "peak_memory_bytes": report["peak_memory_bytes"],
+            "plan": {key: report["plan"].get(key) for key in told},
+            "reconstruction": rebuilt,
+        }
         subject = place
     tasks = {"tasks": TASKS, "task_data": options.tasks} if options.tasks else {}
     against = {} if how is None else {"against": options.model}

@@ -133,6 +133,7 @@ def test_another_allowance_for_a_finished_output_is_refused(prune):
         ({"max_loss": 0.0}, "above 0"),
         ({"max_loss": float("nan")}, "above 0"),
         ({"max_loss": 0.1, "sparsity": 0.5}, "leave out --sparsity"),
+        ({"max_loss": 0.1, "reconstruct": True}, "leave out --reconstruct"),
         ({"max_loss": 0.1, "pattern": "2:4"}, "N:M"),
         ({"max_loss": 0.1, "allocation": {"0": 0.5}}, "--allocation"),
         ({"max_loss": 0.1, "dry_run": True}, "--dry-run"),

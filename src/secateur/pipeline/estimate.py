@@ -14,10 +14,13 @@ from ..pruning import GRAM
 from .calibration import Tokens
 from .observation import fits, paused_bytes
 from .plan import Plan
+from .reconstruct import HELD_OUT
 from .stream import MICRO_BATCH_TOKENS
 
 # Attention, norms and the rest, as a share of the time in matrix products (SmolLM2, 512 tokens: 1.4).
 OVERHEAD = 1.4
+FORWARDS_OF_A_STEP = 3  # forward, and backward to weights and inputs
+COPIES = 4  # of a block's weights beside those of any run, while it is reconstructed: gradients, two of Adam, the best
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers
 
 
@@ -29,10 +32,13 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
     config = host.model.config.get_text_config()
     weights = [sum(matrix.weights for matrix in block) for block in blocks]
     count = tokens.tokens if tokens else 0
-    gram = GRAM in plan.job.method.needs
+    gram, how = GRAM in plan.job.method.needs, plan.job.reconstruct
     operations = 0.0
     if tokens:
-        passes = 2 if plan.job.propagate == "block" else 1
+        passes: float = 2 if plan.job.propagate == "block" else 1
+        if how:
+            seen = 1 - 1 / HELD_OUT
+            passes += 1 + how.epochs * (FORWARDS_OF_A_STEP * seen + 1 - seen)
         used = sum(_share_of_tokens(matrix, config) * matrix.weights for block in blocks for matrix in block)
         operations += 2 * count * used * passes * OVERHEAD
     if gram:
@@ -48,6 +54,9 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
     if tokens and plan.job.propagate == "sequential":
         paused = paused_bytes(count, config.hidden_size, (matrix for block in blocks for matrix in block))
         activations += paused if fits(paused, host.device) else 0
+    hidden = 2 * count * config.hidden_size * 4
+    if how:
+        activations += COPIES * 4 * max(weights, default=0) + (hidden if fits(hidden, host.device) else 0)
     sums = max((_gram_bytes(block) for block in blocks), default=0) if gram else 0
     return {
         "matrices": len(plan.matrices),
@@ -58,7 +67,7 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
             "memory_bytes": RUNTIME_BYTES + 4 * outside + 2 * 4 * max(weights, default=0) + sums + activations,
             "disk_bytes": output
             + sum(m.weights for m in plan.matrices if m.name in pruned) * itemsize
-            + 2 * count * config.hidden_size * 4,
+            + hidden * (2 if how else 1),
         },
     }
 
