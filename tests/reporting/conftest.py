@@ -1,12 +1,14 @@
 """Recorded data of every kind, and the pages made of it."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from report_data import Json, a_comparison, a_pruning, a_shrinking, a_training, evaluations, save_every_kind
+from secateur.pipeline.reconstruct import Reconstruction
 from secateur.reporting.page.records import load_records
 from secateur.reporting.page.render import render_page
 
@@ -14,6 +16,21 @@ from secateur.reporting.page.render import render_page
 @pytest.fixture
 def pruned() -> Json:
     return a_pruning()
+
+
+@pytest.fixture
+def refined() -> Json:
+    """A pruning with stages, a preset, an allocation that was found, and reconstruction."""
+    report = a_pruning()
+    tried = [{"slope": 0.0, "kl": 0.5}, {"slope": -0.1, "kl": None}, {"slope": 0.1, "kl": 0.25}]
+    report["plan"] |= {
+        "method": "wanda+swaps+pcg:iterations=5", "preset": "best", "allocation": {"0": 0.4, "1": 0.6},
+        "allocation_found": {"name": "linear", "mean": 0.5, "slope": 0.1, "rows": 4, "tokens": 32, "slopes": tried},
+        "reconstruct": asdict(Reconstruction(seed=7, epochs=8, learning_rate=0.002)),
+    }  # fmt: skip
+    report["blocks"][0]["reconstruction"] = {"error_before": 0.5, "error_after": 0.25, "epochs": 3}
+    report["blocks"][1]["reconstruction"] = {"error_before": 0.25, "error_after": 0.125, "epochs": 8}
+    return report
 
 
 @pytest.fixture

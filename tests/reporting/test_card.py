@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import re
 import shlex
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -13,7 +15,11 @@ import secateur
 from report_data import HOSTILE_NAMES
 from secateur.errors import OutputError
 from secateur.pipeline.plan import Request
+from secateur.pipeline.presets import chosen
+from secateur.pipeline.reconstruct import Reconstruction
+from secateur.pipeline.rules import FOUND
 from secateur.pruning import METHODS
+from secateur.pruning.updates import STAGES
 from secateur.reporting.commands import prune_command
 from secateur.reporting.markdown.card import (
     BEGIN,
@@ -23,7 +29,7 @@ from secateur.reporting.markdown.card import (
     refresh_card,
 )
 from secateur.reporting.markdown.metadata import front_matter, hub_id
-from secateur.reporting.markdown.papers import PAPERS
+from secateur.reporting.markdown.papers import ALLOCATION_PAPERS, EBFT, PAPERS, STAGE_PAPERS
 from tiny import TEXT
 
 SOFTWARE = {"secateur": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "machine": "Linux x86_64"}
@@ -294,6 +300,7 @@ PUBLISHED = {
 
 def test_every_method_is_cited():
     assert set(PAPERS) == set(METHODS) == set(PUBLISHED)
+    assert set(STAGE_PAPERS) == set(STAGES) and set(ALLOCATION_PAPERS) == set(FOUND)
     for name, (first, last, title, year, link) in PUBLISHED.items():
         paper = PAPERS[name]
         authors = [author.split()[-1] for author in paper.authors.split(", ")]
@@ -308,6 +315,32 @@ def test_a_method_of_ones_own(directory):
     assert "| Method | &lt;lambda&gt;:a=1, a method of its user's own |" in card
     assert metadata(card)["tags"] == ["pruned", "sparse", "secateur"]
     assert "It was pruned from Python" in card and "secateur prune" not in card
+
+
+def test_stages_allocation_reconstruction_and_preset_are_told_and_cited(directory, refined):
+    card = model_card(directory(refined), None)
+    rows = dict(line[2:-2].split(" | ", 1) for line in card.splitlines() if line.startswith("| "))
+    assert "# tiny, pruned with Wanda + SparseSwaps + conjugate gradients of ALPS to 50%" in card
+    assert "; then the kept weights, norms and biases of each block were trained" in card and "without re" not in card
+    links = [paper.link for paper in (PAPERS["wanda"], STAGE_PAPERS["swaps"], STAGE_PAPERS["pcg"])]
+    assert [link for link in re.findall(r"\((http[^)]*)\)", rows["Method"])] == links
+    assert rows["Method"].endswith(", NeurIPS 2024. Options: `iterations=5`") and ", 2025. Then conj" in rows["Method"]
+    assert rows["Preset"] == "`best`"
+    assert rows["Allocation"].startswith(
+        "linear, mean sparsity 50.00%; of 3 slopes, 0.1 changes predictions least. ATP: Weizhong Huang"
+    )
+    assert rows["Reconstruction"].startswith(
+        "at most 8 epochs for each block, learning rate 0.002; held-out error, mean over 2 blocks, 0.1875; before, "
+        "0.3750. EBFT: Song Guo"
+    )
+    assert EBFT.link in rows["Reconstruction"] and "allocation.yaml" not in card
+    assert metadata(card)["tags"] == ["pruned", "sparse", "secateur", "wanda"]
+
+
+def test_a_method_of_ones_own_may_be_followed_by_stages(directory):
+    card = model_card(directory(planned(method="mine:a=1+pcg")), None)
+    assert "pruned with `mine:a=1` + conjugate gradients of ALPS to 50%" in card
+    assert "| Method | `mine:a=1`, a method of its user's own. Then conjugate gradients of ALPS: Xiang Meng" in card
 
 
 def test_what_stayed_dense_is_told(directory):
@@ -330,6 +363,8 @@ COMMANDS = [
     ({"propagate": "dense", "format": "bitmask", "values": "int8", "dtype": "float16"},
      "--propagate dense --dtype float16 --format bitmask --values int8"),
     ({"allocation": {"0": 0}}, "--allocation allocation.yaml"),
+    ({"allocation": {"0": 0}, "allocation_found": {"name": "owl", "mean": 0.5}}, "--allocation owl"),
+    ({"method": "ria+swaps+pcg:iterations=5", "pattern": "matrix"}, "--method ria+swaps+pcg:iterations=5"),
     ({"calibration": {**PLAN["calibration"], "source": "wikitext2:train", "samples": 64, "seqlen": 512, "seed": 7}},
      "--calibration wikitext2 --samples 64 --seqlen 512 --seed 7"),
     ({"evaluate": {"source": "wikitext2", "seqlen": None}}, "--evaluate wikitext2"),
@@ -353,6 +388,9 @@ def test_the_command_has_the_options_that_differ(changes, options):
     [
         {"model": {"name": "gpt2", "digest": None}},
         {"method": "mine"},
+        {"method": "wanda+mine"},
+        {"preset": "better"},
+        {"reconstruct": asdict(Reconstruction(epochs=3))},
         {"calibration": {**PLAN["calibration"], "source": "the given strings"}},
     ],
 )
@@ -363,9 +401,36 @@ def test_what_only_python_can_give_has_no_command(changes):
 def test_defaults_are_those_of_prune():
     request, prune = vars(Request()), inspect.signature(secateur.prune).parameters
     found = {"search", "allocation_found"}  # on the way, and no options
+    unset = dict.fromkeys(("method", "allocation", "reconstruct"))  # which a preset may decide
     assert {key: prune[key].default for key in request if key not in found} == {
-        key: value for key, value in request.items() if key not in found
+        key: value for key, value in {**request, **unset}.items() if key not in found
     }
+    decided = chosen(None, update=None, sparsity=None, pattern=None, **unset)
+    assert decided == {key: request[key] for key in decided} and decided.keys() == {*unset, "preset"}
+
+
+LINEAR = {"allocation": {"0": 0.4}, "allocation_found": {"name": "linear", "mean": 0.5}}
+BEST = {"preset": "best", "method": "wanda+swaps+pcg", "reconstruct": asdict(Reconstruction(seed=0)), "sparsity": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"reconstruct": BEST["reconstruct"]}, "--reconstruct"),
+        ({"reconstruct": {**BEST["reconstruct"], "seed": 7}, "calibration": {**PLAN["calibration"], "seed": 7}},
+         "--seed 7 --reconstruct"),
+        ({"preset": "fast"}, "--preset fast"),
+        ({**BEST, **LINEAR}, "--preset best --sparsity 0.7"),
+        (BEST, "--preset best --sparsity 0.7 --allocation uniform"),
+        ({**BEST, "sparsity": 0.5}, "--preset best"),
+        ({**BEST, "pattern": "2:8", "sparsity": 0.75}, "--preset best --pattern 2:8"),
+        ({**BEST, "method": "alps", "pattern": "matrix", **LINEAR}, "--preset best --method alps --sparsity 0.7"),
+        # What no option can take away from a preset is made without it.
+        ({**BEST, **LINEAR, "reconstruct": None}, "--method wanda+swaps+pcg --sparsity 0.7 --allocation linear"),
+    ],
+)  # fmt: skip
+def test_the_command_of_a_preset_names_what_differs_from_it(changes, options):
+    assert prune_command({**PLAN, **changes})[3:] == options.split()
 
 
 def test_an_allocation_stands_in_full(directory):
@@ -555,6 +620,7 @@ def test_a_real_run(model_directory, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT * 10)
     options = {"calibration": str(text), "samples": 4, "seqlen": 16, "pattern": "2:4", "evaluate": str(text)}
+    options |= {"method": "wanda", "update": "pcg"}
     secateur.prune(model_directory("llama"), out, **options)
     found = secateur.evaluate(out, text=str(text), seqlen=16, windows=3)
     card = model_card(out, None)
@@ -567,6 +633,6 @@ def test_a_real_run(model_directory, tmp_path):
     assert "tokenizer = AutoTokenizer.from_pretrained(name)" in card
     command = next(line for line in card.splitlines() if line.startswith("secateur prune"))
     assert shlex.split(command)[3:] == [
-        "OUTPUT", "--pattern", "2:4", "--calibration", "text.txt", "--samples", "4", "--seqlen", "16",
-        "--evaluate", str(text),
+        "OUTPUT", "--method", "wanda+pcg", "--pattern", "2:4", "--calibration", "text.txt", "--samples", "4",
+        "--seqlen", "16", "--evaluate", str(text),
     ]  # fmt: skip

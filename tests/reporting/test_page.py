@@ -149,6 +149,27 @@ def test_every_picture_of_a_model_has_the_recorded_numbers(tmp_path: Path, prune
     ]  # fmt: skip
 
 
+def test_how_a_pruning_was_refined(tmp_path: Path, refined: Json) -> None:
+    page = page_of(load_records(save_output(tmp_path / "out", refined)))
+    assert table(page, "Slopes tried") == [["−0.1", ""], ["0", "0.5"], ["0.1", "0.25"]]
+    assert table(page, "Held-out errors") == [["0", "0.5", "0.25"], ["1", "0.25", "0.125"]]
+    assert "Reconstruction of each block" in [svg.all("title")[0].words for svg in page.all("svg")]
+    told = {dt.words: dd.words for dt, dd in zip(page.all("dt"), page.all("dd"), strict=True)}
+    assert told["Method"] == "wanda, then swaps, then pcg (iterations=5)" and told["Preset"] == "best"
+    assert told["Allocation"] == "linear, mean sparsity 50.00%; of 3 slopes, 0.1 changes predictions least"
+    assert told["Reconstruction"] == (
+        "at most 8 epochs for each block, learning rate 0.002; mean held-out error 0.375 before and 0.1875 after"
+    )
+    [command] = page.all("pre")  # and no file of rules, which the allocation's name stands for
+    assert "--allocation linear" in command.words and "--preset best" in command.words
+
+
+def test_a_reconstruction_beyond_measure_is_left_out(tmp_path: Path, refined: Json) -> None:
+    refined["blocks"][0]["reconstruction"]["error_before"] = float("inf")
+    page = page_of(load_records(save_output(tmp_path / "out", refined)))
+    assert table(page, "Held-out errors") == [["1", "0.25", "0.125"]]
+
+
 def test_what_was_not_measured_is_said_with_the_command_that_measures_it(tmp_path: Path, pruned: Json) -> None:
     pruned["evaluation"] = None
     page = page_of(load_records(save_output(tmp_path / "my out", pruned)))
@@ -330,7 +351,7 @@ def test_tidying_twice_is_tidying_once() -> None:
     assert tidy(once) == once and once["a"][1:] == [None, None, 3, True, None]
 
 
-@pytest.mark.parametrize("name", ["wording", "pictures", "blocks", "plots"])
+@pytest.mark.parametrize("name", ["page.wording", "page.pictures", "page.blocks", "page.plots", "pruned"])
 def test_examples(name: str) -> None:
-    found = doctest.testmod(importlib.import_module(f"secateur.reporting.page.{name}"))
+    found = doctest.testmod(importlib.import_module(f"secateur.reporting.{name}"))
     assert found.attempted and not found.failed

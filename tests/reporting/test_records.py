@@ -124,6 +124,28 @@ def test_an_unknown_schema_is_refused(tmp_path: Path, pruned: Json, lines: list[
     refused(tmp_path / "c.json", DataError, "schema None")
 
 
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("preset", ["best"]),
+        ("reconstruct", True),
+        ("reconstruct", {"epochs": 8}),
+        ("allocation_found", {"name": "linear"}),
+        ("allocation_found", {"name": "linear", "mean": 0.5, "slopes": [{"slope": 0.1}]}),
+        ("allocation_found", {"name": "linear", "mean": 0.5, "slope": 0.1, "slopes": [{"kl": 0.1}]}),
+    ],
+)
+def test_a_malformed_entry_of_a_plan_is_refused(tmp_path: Path, refined: Json, key: str, wrong: Any) -> None:
+    refined["plan"][key] = wrong
+    refused(save_output(tmp_path / "out", refined), DataError, f"plan: {key}")
+    refused(save_run(tmp_path / "run.secateur", refined, 1), DataError, f"plan.json: {key}")
+
+
+def test_a_malformed_reconstruction_of_a_block_is_refused(tmp_path: Path, refined: Json) -> None:
+    refined["blocks"][1]["reconstruction"]["error_after"] = "small"
+    refused(save_output(tmp_path / "out", refined), DataError, "blocks[1]: reconstruction: error_after")
+
+
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value in a document."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -132,16 +154,22 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("wrong", [None, "text", 7, [], {}, [[]], {"a": {}}, "absent"])
 def test_any_value_of_another_type_makes_a_page_or_an_error_of_one_line(
-    tmp_path: Path, pruned: Json, shrunk: Json, lines: list[Json], wrong: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    pruned: Json,
+    refined: Json,
+    shrunk: Json,
+    lines: list[Json],
+    wrong: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from secateur.reporting.page import charts, render
 
     monkeypatch.setattr(charts, "draw", lambda *_, **__: "")  # slow, and of no account here
-    out = save_output(tmp_path / "out", pruned, lines)
+    out = save_output(tmp_path / "out", refined, lines)
     course = a_training()
     course["plan"] |= {"course": a_course(), "teacher": {"name": "t", "digest": "d"}}
     sound = [
-        (REPORT, pruned),
+        (REPORT, refined),
         (EVALUATIONS, lines[0]),
         (REPORT, shrunk),
         (REPORT, a_training(pruned)),

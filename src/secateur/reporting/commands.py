@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from ..errors import OptionError
 from ..pipeline.calibration import DEFAULT_SAMPLES, DEFAULT_SEQLEN, TRAINING_SEQLEN
 from ..pipeline.plan import Request
-from ..pruning import METHODS
+from ..pipeline.presets import chosen
+from ..pipeline.reconstruct import Reconstruction
+from ..pipeline.rules import ALLOCATIONS
+from ..pruning import METHODS, parse_method
 from ..shrinking.request import ShrinkRequest
 from ..training.request import TRAIN, FinetuneRequest
+from .pruned import allocation_found, parts_of
 
 ALLOCATION = "allocation.yaml"  # stands for rules that were given in Python, or in a file of whatever name
 
@@ -40,22 +45,48 @@ def making_words(plan: Mapping[str, Any]) -> list[str] | None:
 
 def prune_command(plan: Mapping[str, Any]) -> list[str] | None:
     """Return the words of ``prune`` for a plan, as `making_words` does."""
-    name = plan["method"].partition(":")[0]
-    if plan["model"].get("digest") is None or name not in METHODS or _given(plan):
+    reconstruct = _default_reconstruction(plan)
+    if plan["model"].get("digest") is None or _given(plan) or reconstruct is None:
+        return None
+    try:
+        usual, pattern = _usual(plan, reconstruct), parse_method(plan["method"]).pattern
+    except OptionError:
         return None
     fixed = re.fullmatch(r"\d+:\d+", plan["pattern"])  # which implies the sparsity
-    usual = vars(Request())
+    rules = rules_of(plan)
     kept = ("method", "propagate", "format", "values", "dtype")
     wanted = {
         **{key: plan.get(key, usual[key]) for key in kept},
         "sparsity": None if fixed or plan["sparsity"] == 0.5 else plan["sparsity"],
-        "pattern": None if plan["pattern"] == METHODS[name].pattern else plan["pattern"],
-        "allocation": "uniform" if plan.get("allocation", "uniform") == "uniform" else ALLOCATION,
+        "pattern": None if plan["pattern"] == pattern else plan["pattern"],
+        "allocation": rules if rules in ALLOCATIONS else ALLOCATION,
+        "reconstruct": reconstruct,
         "include": tuple(plan.get("include") or ()),
         "exclude": tuple(plan.get("exclude") or ()),
         **_texts(plan),
     }
-    return ["secateur", "prune", plan["model"]["name"], *option_words(wanted, usual)]
+    preset = ["--preset", usual["preset"]] if usual["preset"] else []
+    return ["secateur", "prune", plan["model"]["name"], *preset, *option_words(wanted, usual)]
+
+
+def _default_reconstruction(plan: Mapping[str, Any]) -> bool | None:
+    """Whether blocks were reconstructed; None if they were with settings that only Python can give."""
+    how = plan.get("reconstruct")
+    return how is not None if how is None or {**how, "seed": 0} == asdict(Reconstruction()) else None
+
+
+def _usual(plan: Mapping[str, Any], reconstruct: bool) -> dict[str, Any]:
+    """The defaults of ``prune`` under a plan's preset, which is left out if it would reconstruct what was not.
+
+    Raises:
+        OptionError: no such preset or pattern.
+    """
+    given = {"sparsity": plan["sparsity"], "pattern": plan["pattern"]}
+    none = {"method": None, "update": None, "allocation": None, "reconstruct": None}
+    preset: dict[str, Any] = chosen(plan.get("preset"), **none, **given)
+    if preset["reconstruct"] and not reconstruct:
+        preset = chosen(None, **none, **given)
+    return {**vars(Request()), **preset}
 
 
 def shrink_command(plan: Mapping[str, Any]) -> list[str] | None:
@@ -79,7 +110,7 @@ def shrink_command(plan: Mapping[str, Any]) -> list[str] | None:
 def finetune_command(plan: Mapping[str, Any]) -> list[str] | None:
     """Return the words of ``finetune`` for a plan, as `making_words` does."""
     data, course, evaluate = plan["data"], plan.get("course") or {}, plan.get("evaluate")
-    unknown = plan["train"] not in TRAIN or (course and course["method"].partition(":")[0] not in METHODS)
+    unknown = plan["train"] not in TRAIN or (course and parts_of(course["method"])[0][0] not in METHODS)
     if unknown or _given({"calibration": data}):
         return None
     asked: dict[str, Any] = {key: course.get(key) for key in ("sparsity", "pattern", "rounds")}
@@ -112,8 +143,9 @@ def finetune_command(plan: Mapping[str, Any]) -> list[str] | None:
 
 
 def rules_of(plan: Mapping[str, Any]) -> Any:
-    """The allocation that a plan has, or its course."""
-    return (plan.get("course") or plan).get("allocation", "uniform")
+    """The allocation that a plan has, or its course: a name, or rules that were given."""
+    found = allocation_found(plan)
+    return found["name"] if found else (plan.get("course") or plan).get("allocation", "uniform")
 
 
 def _given(plan: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import yaml
 
 from ...models.source import SMOLLM2
 from ...pruning import METHODS
+from ..pruned import parts_of
 from ..removed import is_shrunk
 from ..trained import is_trained, story, value_format
 from .text import plain
@@ -58,7 +59,7 @@ def metadata(report: Mapping[str, Any], source: Mapping[str, Any]) -> str:
 def _method(report: Mapping[str, Any]) -> str:
     """The last method by which weights were chosen, in one shot or in the course of training."""
     plans = [one["plan"].get("course") or one["plan"] for one in reversed(story(report))]
-    return next((str(plan["method"]).partition(":")[0] for plan in plans if "method" in plan), "")
+    return next((parts_of(str(plan["method"]))[0][0] for plan in plans if "method" in plan), "")
 
 
 def carried(value: Any, pattern: str = ".+") -> Any:

@@ -54,6 +54,33 @@ STAGE_PAPERS = {
     ),
 }  # fmt: skip
 
+# What shares sparsity out, and what fits blocks after their pruning.
+ALLOCATION_PAPERS = {
+    "linear": Paper(
+        "ATP", "Weizhong Huang, Yuxin Zhang, Xiawu Zheng, Fei Chao, Rongrong Ji",
+        "Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective",
+        "ICML 2025; here with a slope that is sought by KL divergence", "https://arxiv.org/abs/2502.14770",
+    ),
+    "owl": Paper(
+        "OWL",
+        "Lu Yin, You Wu, Zhenyu Zhang, Cheng-Yu Hsieh, Yaqing Wang, Yiling Jia, Gen Li, Ajay Jaiswal, "
+        "Mykola Pechenizkiy, Yi Liang, Michael Bendersky, Zhangyang Wang, Shiwei Liu",
+        "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity",
+        "ICML 2024", "https://arxiv.org/abs/2310.05175",
+    ),
+    "alpha": Paper(
+        "AlphaPruning", "Haiquan Lu, Yefan Zhou, Shiwei Liu, Zhangyang Wang, Michael W. Mahoney, Yaoqing Yang",
+        "AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Improved Layer-wise Pruning of Large "
+        "Language Models",
+        "NeurIPS 2024", "https://arxiv.org/abs/2410.10912",
+    ),
+}  # fmt: skip
+EBFT = Paper(
+    "EBFT", "Song Guo, Fan Wu, Lei Zhang, Xiawu Zheng, Shengchuan Zhang, Fei Chao, Yiyu Shi, Rongrong Ji",
+    "EBFT: Effective and Block-Wise Fine-Tuning for Sparse LLMs",
+    "2024; here towards the dense model's own hidden states", "https://arxiv.org/abs/2402.12419",
+)  # fmt: skip
+
 ZIPLM = Paper(
     "ZipLM", "Eldar Kurtic, Elias Frantar, Dan Alistarh",
     "ZipLM: Inference-Aware Structured Pruning of Language Models",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..pruned import allocation_found, found_words, mean_errors, parts_of, reconstruction_words
 from ..words import duration, size
-from .papers import PAPERS, cited
+from .papers import ALLOCATION_PAPERS, EBFT, PAPERS, STAGE_PAPERS, Paper, cited
 from .text import calibrated_on, markdown_code, markdown_text
 
 Report = Mapping[str, Any]
@@ -20,16 +21,29 @@ def pruned_words(report: Report) -> str:
 
 
 def method_name(method: str) -> str:
-    """A method in a few words."""
-    name = method.partition(":")[0]
-    return PAPERS[name].name if name in PAPERS else markdown_code(method)
+    """A method in a few words, and what followed it."""
+    return " + ".join(paper.name if paper else markdown_code(text) for paper, text, _ in _parts(method))
+
+
+def _parts(method: str) -> list[tuple[Paper | None, str, str]]:
+    """Of a method and each stage: its paper, its whole text, its options."""
+    parts = enumerate(parts_of(method))
+    return [
+        ((STAGE_PAPERS if place else PAPERS).get(name), f"{name}:{options}" if options else name, options)
+        for place, (name, options) in parts
+    ]
 
 
 def pruned_sentences(report: Report, base: str) -> list[str]:
     """What was set to zero."""
+    plan = report["plan"]
+    fitted = (
+        "; then the kept weights, norms and biases of each block were trained to give the dense model's hidden states"
+    )
     return [
-        f"This is {base}, with {report['sparsity']:.1%} of the weights in {layers_of(report['plan'])} set to zero, in "
-        "one shot after training and without retraining. Embeddings, output head, norms and biases were not pruned."
+        f"This is {base}, with {report['sparsity']:.1%} of the weights in {layers_of(plan)} set to zero, in one shot "
+        f"after training{fitted if plan.get('reconstruct') else ' and without retraining'}. Embeddings, output head, "
+        "norms and biases were not pruned."
     ]
 
 
@@ -41,16 +55,18 @@ def layers_of(plan: Report) -> str:
 
 def pruned_facts(report: Report) -> list[tuple[str, str]]:
     """The rows of the table."""
-    plan, calibration, rules = report["plan"], report["plan"]["calibration"], report["plan"]["allocation"]
+    plan, calibration = report["plan"], report["plan"]["calibration"]
     count, dense = len(report["matrices"]), [*report["dense_matrices"], *report["left_out"]]
     more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
     facts = [
+        ("Preset", markdown_code(plan["preset"]) if plan.get("preset") else ""),
         ("Method", method_cited(plan["method"])),
         ("Sparsity", f"{report['sparsity']:.2%}: {report['zeros']:,} of {report['weights']:,} weights are zero"),
         ("Pattern", pattern_words(plan["pattern"])),
         ("Pruned", f"{count:,} matrices"),
         ("Left dense", dense and f"{len(dense):,} matrices: {', '.join(map(markdown_code, dense[:3]))}{more}"),
-        ("Allocation", allocation_words(rules)),
+        ("Allocation", allocation_words(plan)),
+        ("Reconstruction", _reconstruction(report)),
         ("Calibration", calibrated_on(calibration) if calibration else "none, the method needs none"),
         (
             "Time to prune",
@@ -62,12 +78,12 @@ def pruned_facts(report: Report) -> list[tuple[str, str]]:
 
 
 def method_cited(method: str) -> str:
-    """A method with its paper."""
-    name, _, options = method.partition(":")
-    if name not in PAPERS:
-        return f"{markdown_code(method)}, a method of its user's own"
-    said = cited(PAPERS[name])
-    return f"{said}. Options: {markdown_code(options.replace(':', ', '))}" if options else said
+    """A method with its paper, and each stage that followed it with its own."""
+    said = []
+    for paper, text, options in _parts(method):
+        told = cited(paper) if paper else f"{markdown_code(text)}, a method of its user's own"
+        said.append(f"{told}. Options: {markdown_code(options.replace(':', ', '))}" if paper and options else told)
+    return ". Then ".join(said)
 
 
 def pattern_words(pattern: str) -> str:
@@ -75,6 +91,21 @@ def pattern_words(pattern: str) -> str:
     return f"{markdown_code(pattern)}{PATTERNS.get(pattern, '')}"
 
 
-def allocation_words(rules: Any) -> str:
-    """How sparsity was shared out."""
+def allocation_words(plan: Report) -> str:
+    """How sparsity was shared out, by a plan or in the course of a training."""
+    if found := allocation_found(plan):
+        return f"{markdown_text(found_words(found))}. {cited(ALLOCATION_PAPERS[found['name']])}"
+    rules = plan["allocation"]
     return "uniform" if rules == "uniform" else f"by {len(rules)} rules, which stand below"
+
+
+def _reconstruction(report: Report) -> str:
+    """How each block was fitted after its pruning, and what that gained."""
+    how = report["plan"].get("reconstruct")
+    if not how:
+        return ""
+    said = reconstruction_words(how)
+    if errors := mean_errors(report["blocks"]):
+        before, after, count = errors
+        said += f"; held-out error, mean over {count:,} blocks, {after:.4f}; before, {before:.4f}"
+    return f"{said}. {cited(EBFT)}"

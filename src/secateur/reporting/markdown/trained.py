@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...pruning import METHODS
+from ..pruned import parts_of
 from ..removed import is_shrunk, removed_share
 from ..trained import (
     command_of,
@@ -119,14 +120,14 @@ def _course(course: Report | None) -> list[tuple[str, str]]:
     """How it was pruned on the way."""
     if not course:
         return []
-    name = course["method"].partition(":")[0]
+    name = parts_of(course["method"])[0][0]
     schedule = SCHEDULE_PAPERS.get(course["schedule"] if course["rounds"] is None else "rounds")
     pattern = course["pattern"] or (METHODS[name].pattern if name in METHODS else "")
     return [
         ("Pruned on the way", markdown_text(course_words(course)) + (f". {cited(schedule)}" if schedule else "")),
         ("Method", _method(course["method"])),
         ("Pattern", pattern_words(pattern) if pattern else ""),
-        ("Allocation", allocation_words(course["allocation"])),
+        ("Allocation", allocation_words(course)),
     ]
 
 

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .charts import Axis, by_block_chart, heat_map
-from .parts import Picture, Section, by_block, plain, share
+from ..pruned import allocation_found, errors_by_block
+from .charts import Axis, Series, by_block_chart, heat_map, scatter
+from .parts import Picture, Section, Table, by_block, plain, share
 from .wording import counted, course, digits, percent, short
 
 Report = Mapping[str, Any]
@@ -42,8 +43,35 @@ def pruned_blocks(run: Report) -> Section:
     pictures = sparsity_by_kind(run["matrices"])
     if cells := by_kind(run["matrices"], "output_error"):
         pictures.append(errors_by_kind(cells))
+    pictures += reconstructed(run["blocks"])
     pictures += pictures_by_block(run["blocks"])
-    return Section("blocks", "Blocks and matrices", text=_words_on_blocks(run), pictures=pictures)
+    return Section("blocks", "Blocks and matrices", _words_on_blocks(run), pictures=pictures, tables=_slopes(run))
+
+
+def reconstructed(blocks: Sequence[Report]) -> list[Picture]:
+    """The held-out error of each block before and after its reconstruction."""
+    pairs = errors_by_block(blocks)
+    if not pairs:
+        return []
+    id, title = "reconstruction", "Reconstruction of each block"
+    says = course({block: after for block, (_, after) in pairs.items()}, "After it, the held-out error")
+    series = [
+        Series(name, place, place, place, [(block, pair[place], 0, 0) for block, pair in pairs.items()])
+        for place, name in enumerate(("before", "after"))
+    ]
+    axis = Axis("Held-out error, |Y − Y′| / |Y|")
+    rows = ((block, [plain(error) for error in pair]) for block, pair in pairs.items())
+    table = by_block("Held-out errors of reconstruction", ["Before", "After"], rows)
+    return [Picture(id, title, says, scatter(id, title, says, series, Axis("Block", whole=True), axis), table)]
+
+
+def _slopes(run: Report) -> list[Table]:
+    """What was tried for a linear allocation."""
+    tried = (allocation_found(run["plan"]) or {}).get("slopes")
+    if not tried:
+        return []
+    rows = [[plain(one["slope"]), plain(one.get("kl"))] for one in sorted(tried, key=lambda one: one["slope"])]
+    return [Table("Slopes tried for the linear allocation", ["Slope", "KL, nats per token"], rows)]
 
 
 def sparsity_by_kind(matrices: Sequence[Report]) -> list[Picture]:

@@ -22,11 +22,12 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its title with unit, and whether it is logarithmic."""
+    """One axis: its title with unit, whether it is logarithmic, and whether it counts."""
 
     title: str
     log: bool = False
     percent: bool = False
+    whole: bool = False
 
 
 @dataclass
@@ -210,7 +211,7 @@ def _scale(axes: Axes, which: str, what: Axis, values: Sequence[float]) -> None:
         if what.percent:  # what differs by less than a point stands in one place
             room = max(room, 0.02)
         axes.set(**{f"{which}lim": (low - room, high + room)})
-        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=what.whole, min_n_ticks=1))
         axis.set_major_formatter(_labels(what))
 
 

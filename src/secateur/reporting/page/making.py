@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..commands import making_command, rules_of
+from ..pruned import allocation_found, found_words, mean_errors, parts_of, reconstruction_words
 from ..trained import DID, command_of, story
 from . import speed
 from .parts import Section
 from .records import Records
-from .wording import counted, listing
+from .wording import counted, digits, listing, short
 
 # What each command did, where it is one of several.
 VERBS = {**DID, "shrink": "shrank"}
@@ -27,12 +28,32 @@ def reproduce(records: Records) -> Section:
         what = "The command" if len(steps) == 1 else f"The command that {VERBS[command_of(step)]} it"
         code.append((what, making_command(plan, output) or "# made from Python, with what no command line can name"))
     for plan in plans:
-        if (rules := rules_of(plan)) != "uniform":
+        if not isinstance(rules := rules_of(plan), str):
             code.append(("allocation.yaml", json.dumps(rules, indent=1, ensure_ascii=False)))
-    facts = [fact for plan in plans for fact in _facts(plan)]
+    facts = [fact for step in steps for fact in [*_pruning(step), *_facts(step["plan"])]]
     if bench := speed.bench_of(records):
         facts.append(("Speeds measured on", f"{bench['processor']}, {counted(bench['threads'], 'thread')}"))
     return Section("reproduce", "To do it again", code=code, facts=list(dict.fromkeys(facts)))
+
+
+def _pruning(step: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a pruning did: method and stages, and what came before and after them."""
+    plan, facts = step["plan"], []
+    if command_of(step) != "prune":
+        return []
+    words = [
+        f"{name} ({options.replace(':', ', ')})" if options else name for name, options in parts_of(plan["method"])
+    ]
+    facts.append(("Method", short(", then ".join(words), 160)))
+    if preset := plan.get("preset"):
+        facts.append(("Preset", short(preset)))
+    if found := allocation_found(plan):
+        facts.append(("Allocation", found_words(found)))
+    if how := plan.get("reconstruct"):
+        errors = mean_errors(step.get("blocks") or ())
+        gained = f"; mean held-out error {digits(errors[0])} before and {digits(errors[1])} after" if errors else ""
+        facts.append(("Reconstruction", reconstruction_words(how) + gained))
+    return facts
 
 
 def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, OutputError
+from .checking import check
 from .shapes import (
     COMPARISON,
     ENDED,
@@ -20,7 +21,6 @@ from .shapes import (
     SHRUNK_BLOCK,
     TRAINING_PLAN,
     a_step,
-    check,
     evaluation_line,
     made_by,
 )

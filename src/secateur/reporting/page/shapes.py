@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import DataError
-
 NUMBER = (int, float)
 
 GENERATION = {"prompt": str, "continuation": str, "repetition?": NUMBER}
@@ -44,16 +42,30 @@ def evaluation_line(value: Any) -> dict[str, Any]:
 
 MATRIX = {"name": str, "shape": [int], "zeros": NUMBER, "output_error?": NUMBER}
 BLOCK = {"block": int, "seconds": NUMBER, "output_error?": NUMBER}
-JOURNAL_BLOCK = {**BLOCK, "matrices": [MATRIX]}
+RECONSTRUCTION = {"error_before?": NUMBER, "error_after?": NUMBER, "epochs": int}
+PRUNED_BLOCK = {**BLOCK, "reconstruction?": RECONSTRUCTION}
+JOURNAL_BLOCK = {**PRUNED_BLOCK, "matrices": [MATRIX]}
 MODEL = {"name": str, "digest?": str}
 CALIBRATION = {"source": str, "samples": int, "seqlen": int, "tokens": int, "seed": int, "digest?": str}
+SLOPE = {"slope": NUMBER, "kl?": NUMBER}
+
+
+def found_allocation(value: Any) -> dict[str, Any]:
+    """How the rules of a named allocation were found: of a slope, with those tried."""
+    sought = isinstance(value, dict) and value.get("slopes") is not None
+    return {"name": str, "mean": NUMBER, **({"slope": NUMBER, "slopes": [SLOPE]} if sought else {})}
+
+
 PLAN = {
     "model": MODEL,
     "method": str,
     "pattern": str,
     "sparsity": NUMBER,
+    "preset?": str,
     "calibration?": CALIBRATION,
+    "allocation_found?": found_allocation,
     "propagate": str,
+    "reconstruct?": {"epochs": int, "learning_rate": NUMBER},
     "include?": [str],
     "exclude?": [str],
     "format?": str,
@@ -74,7 +86,7 @@ PRUNED: dict[str, Any] = {
     "dense_matrices?": [str],
     "left_out?": [str],
     "matrices": [{**MATRIX, "block": int, "sparsity": NUMBER}],
-    "blocks": [BLOCK],
+    "blocks": [PRUNED_BLOCK],
     "seconds": {"pruning": NUMBER},
     "peak_memory_bytes?": NUMBER,
     "bytes?": {"source_files": NUMBER, "dense_16_bit": NUMBER, "output": NUMBER},
@@ -258,35 +270,3 @@ COMPARISON: dict[str, Any] = {
     "planned?": int,
     "rows": [ROW],
 }
-
-
-def check(value: Any, shape: Any, where: str) -> None:
-    """Compare recorded data with what it must hold.
-
-    Args:
-        value: recorded data.
-        shape: a type or several; a list of one shape; a dict of shapes by key, of which ``*`` stands for every key;
-            or a function that tells the shape from the value.
-        where: file and place, for the error.
-
-    Raises:
-        DataError: something is missing or of another type.
-    """
-    if callable(shape) and not isinstance(shape, type):
-        shape = shape(value)
-    kind: Any = type(shape) if isinstance(shape, (dict, list)) else shape
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(f"{where} is {type(value).__name__}, which does not belong there; the file is damaged")
-    if isinstance(shape, list):
-        for index, item in enumerate(value):
-            check(item, shape[0], f"{where}[{index}]")
-    elif isinstance(shape, dict):
-        for key, inner in shape.items():
-            name = key.removesuffix("?")
-            if key == "*":
-                for other, item in value.items():
-                    check(item, inner, f"{where}: {other[:80]}")
-            elif value.get(name) is not None:
-                check(value[name], inner, f"{where}: {name}")
-            elif name == key:
-                raise DataError(f"{where}: {name} is missing; the file is damaged")

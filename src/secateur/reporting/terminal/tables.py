@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..pruned import allocation_found, found_words, mean_errors, reconstruction_words
 from ..words import arrangement_words, duration, number, packed_words, size, windows
 
 
@@ -34,7 +35,7 @@ def prune_table(report: Mapping[str, Any]) -> Table:
     """What a run did, what it cost, and what it gained."""
     plan = report["plan"]
     name = escape(plan["model"]["name"])
-    table = Table(title=f"{name}: {plan['method']}, {plan['pattern']}, {plan['sparsity']:.0%} removed")
+    table = Table(title=f"{name}: {_method(plan)}, {plan['pattern']}, {plan['sparsity']:.0%} removed")
     for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "left")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     if evaluation := report.get("evaluation"):
@@ -46,6 +47,12 @@ def prune_table(report: Mapping[str, Any]) -> Table:
         f"{report['sparsity']:.4%}",
         f"{report['zeros']:,} of {report['weights']:,} weights in its matrices",
     )
+    if found := allocation_found(plan):
+        table.add_row("allocation", "", found["name"], found_words(found).partition(", ")[2])
+    if errors := mean_errors(report["blocks"]):
+        before, after, count = errors
+        what = f"held out, mean over {count} blocks that were reconstructed"
+        table.add_row("error of a block", f"{before:.4f}", f"{after:.4f}", what)
     if sizes := report.get("bytes"):
         ratio = sizes["output"] / sizes["dense_16_bit"]
         table.add_row(
@@ -71,14 +78,19 @@ def prune_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def _method(plan: Mapping[str, Any]) -> str:
+    preset = f" (preset {plan['preset']})" if plan.get("preset") else ""
+    return escape(f"{plan['method']}{preset}")
+
+
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """What a run would do, and about what it would take."""
     guess = plan["estimate"]
     table = Table(title=f"{escape(plan['model']['name'])}: nothing is written (dry run)", show_header=False)
     calibration = plan["calibration"]
     tokens = f"{calibration['tokens']:,} tokens of {calibration['source']}" if calibration else "none needed"
-    for what, value in (
-        ("method", f"{plan['method']}, pattern {plan['pattern']}, propagate {plan['propagate']}"),
+    rows = [
+        ("method", f"{_method(plan)}, pattern {plan['pattern']}, propagate {plan['propagate']}"),
         (
             "matrices",
             f"{plan['matrices']:,} with {plan['weights']:,} weights, {plan['mean_sparsity']:.4%} to be removed",
@@ -87,7 +99,12 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
         ("time, about", duration(guess["seconds"])),
         ("memory, about", size(guess["memory_bytes"])),
         ("disk at most", size(guess["disk_bytes"])),
-    ):
+    ]
+    if how := plan.get("reconstruct"):
+        rows.insert(1, ("reconstruction", reconstruction_words(how)))
+    if found := allocation_found(plan):
+        rows.insert(1, ("allocation", found_words(found)))
+    for what, value in rows:
         table.add_row(what, value)
     return table
 
