@@ -66,7 +66,7 @@ def _check(request: Request, max_loss: float, pattern: str, dry_run: bool) -> No
     if request.allocation != "uniform":
         raise OptionError("max_loss seeks one sparsity for all matrices; leave out --allocation")
     if request.reconstruct:
-        raise OptionError("max_loss seeks by pruning alone, about seven times; leave out --reconstruct and --preset best")
+        raise OptionError("max_loss prunes about seven times to find out; leave out --reconstruct and --preset best")
     if dry_run:
         raise OptionError("max_loss has to prune about seven times to find out; leave out --dry-run")
     if not isinstance(request.method, str) or not isinstance(request.calibration, str):
