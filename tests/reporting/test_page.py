@@ -154,7 +154,8 @@ def test_how_a_pruning_was_refined(tmp_path: Path, refined: Json) -> None:
     assert table(page, "Slopes tried") == [["−0.1", ""], ["0", "0.5"], ["0.1", "0.25"]]
     assert table(page, "Held-out errors") == [["0", "0.5", "0.25"], ["1", "0.25", "0.125"]]
     assert "Reconstruction of each block" in [svg.all("title")[0].words for svg in page.all("svg")]
-    told = {dt.words: dd.words for dt, dd in zip(page.all("dt"), page.all("dd"), strict=True)}
+    [facts] = [dl for dl in page.all("dl") if dl.attributes.get("class") == "facts"]
+    told = {dt.words: dd.words for dt, dd in zip(facts.all("dt"), facts.all("dd"), strict=True)}
     assert told["Method"] == "wanda, then swaps, then pcg (iterations=5)" and told["Preset"] == "best"
     assert told["Allocation"] == "linear, mean sparsity 50.00%; of 3 slopes, 0.1 changes predictions least"
     assert told["Reconstruction"] == (
