@@ -32,12 +32,17 @@ def test_what_is_given_wins(preset):
     ("options", "allocation"),
     [
         ({"sparsity": 0.7}, "linear"), ({"sparsity": 0.6, "pattern": "row"}, "linear"), ({"sparsity": 0.5}, "uniform"),
-        ({}, "uniform"), ({"pattern": "1:4"}, "uniform"), ({"sparsity": 0.7, "allocation": "uniform"}, "uniform"),
+        ({"sparsity": 0.96}, "uniform"), ({"sparsity": "0.7"}, "linear"), ({}, "uniform"),
+        ({"pattern": "1:4"}, "uniform"), ({"sparsity": 0.7, "allocation": "uniform"}, "uniform"),
     ],
 )  # fmt: skip
 def test_best_allocates_from_60_percent_on(options, allocation):
     assert asked("best", **options)["allocation"] == allocation
     assert asked("balanced", **options)["allocation"] == "uniform"
+
+
+def test_an_update_takes_the_place_of_the_preset_s_own():
+    assert asked("best", update="swaps+pcg")["method"] == "wanda+swaps+pcg"
 
 
 def test_an_unknown_preset():

@@ -123,6 +123,33 @@ def test_a_model_in_memory_leaves_as_it_came():
     assert all(p.grad is None for p in model.parameters()) and model.training
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_the_user_stay_and_have_no_say(dtype):
+    model, other = tiny_model("llama", dtype), tiny_model("llama", dtype)
+    for parameter in other.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    for each in (model, other):
+        secateur.prune(each, reconstruct=HOW, **OPTIONS)
+    assert all(bytes_of(a) == bytes_of(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all((p.grad == 1e3).all() for p in other.parameters())
+
+
+def test_rows_of_unequal_length_count_by_their_tokens(tmp_path):
+    """A micro-batch of one short row is held out beside a full one."""
+    source = save_tiny(tmp_path / "source", "llama")
+    mixed = [*ROWS[:14, :16], ROWS[14, :16], *(row[:2] for row in ROWS[:8]), ROWS[15, :2]]
+    how = Reconstruction(epochs=1, batch_tokens=2)  # every row is a micro-batch
+    report = secateur.prune(source, tmp_path / "out", method="magnitude", calibration=mixed, reconstruct=how).report
+    held = [row[None] for row in mixed[7::8]]
+    assert sorted(row.numel() for row in held) == [2, 16, 2][: len(held)] or len({row.numel() for row in held}) == 2
+    squares = []
+    for row in held:
+        wanted, found = (hidden(load(path), row)[0] for path in (source, tmp_path / "out"))
+        squares += ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).flatten().tolist()
+    mean = sum(squares) / len(squares)
+    assert report["blocks"][0]["reconstruction"]["error_after"] == pytest.approx(mean**0.5, rel=1e-3)
+
+
 def test_the_seed_decides():
     first, same, other = (
         secateur.prune(copy.deepcopy(tiny_model("llama")), reconstruct=HOW, seed=seed, **OPTIONS).model.state_dict()
@@ -130,6 +157,11 @@ def test_the_seed_decides():
     )
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+    far = secateur.prune(tiny_model("llama"), reconstruct=HOW, seed=2**60, **OPTIONS)
+    assert far.report["plan"]["reconstruct"]["seed"] == 2**60
+    own = Reconstruction(epochs=1, batch_tokens=32, seed=5)
+    report = secateur.prune(tiny_model("llama"), reconstruct=own, **OPTIONS).report
+    assert report["plan"]["reconstruct"]["seed"] == 5
 
 
 def test_too_few_tokens(tmp_path, caplog):
@@ -148,6 +180,8 @@ def test_too_few_tokens(tmp_path, caplog):
     [
         ({"reconstruct": True, "propagate": "sequential"}, "goes with propagate block"),
         ({"reconstruct": Reconstruction(epochs=0)}, "at least 1"),
+        ({"reconstruct": Reconstruction(epochs=1.5)}, "epochs is a whole number, not 1.5"),
+        ({"reconstruct": {"epochs": 1}}, "is True, False or a secateur.Reconstruction"),
         ({"reconstruct": Reconstruction(learning_rate=float("nan"))}, "learning_rate must be positive"),
     ],
 )
@@ -161,5 +195,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("torch.optim.Adam.step", none_left)
-    with pytest.raises(secateur.errors.ModelError, match="block 0: too little memory to reconstruct it; a smaller"):
+    with pytest.raises(
+        secateur.errors.ModelError, match="block 0: too little memory to reconstruct it; a smaller --seqlen"
+    ):
         secateur.prune(save_tiny(tmp_path / "source", "llama"), tmp_path / "out", reconstruct=HOW, **OPTIONS)

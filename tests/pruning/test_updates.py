@@ -313,8 +313,6 @@ def test_a_composition_runs_its_parts_in_order():
     new, mask = swaps(W, new, mask, statistics, Row(), sweeps=2)
     new, mask = pcg(W, new, mask, statistics, Row(), iterations=3, damping=10.0)
     assert torch.equal(got, new) and torch.equal(got_mask, mask)
-    other, other_mask = parse_method("wanda+pcg+swaps:sweeps=2")(W, statistics, 0.5, Row())
-    assert torch.equal(other_mask, mask) and torch.equal(other, W * mask)  # swaps put the original weights back
 
 
 def test_options_of_the_method_and_of_a_stage_stay_apart():
@@ -390,3 +388,12 @@ def test_update_of_prune_is_the_same_as_more_text():
     assert [name for name, _ in results] == ["wanda+pcg"] * 3 + ["wanda"]
     assert all(torch.equal(weight, results[0][1]) for _, weight in results[:3])
     assert not torch.equal(results[3][1], results[0][1])
+
+
+def test_swaps_come_before_what_solves_for_values():
+    """They keep the original weights, so what a solve found would be lost without a word."""
+    for text in ("wanda+pcg+swaps", "wanda+obs+swaps", "wanda+swaps+pcg+swaps"):
+        with pytest.raises(
+            OptionError, match=r"update swaps: keeps the original weights, so it comes before (pcg|obs)"
+        ):
+            parse_method(text)

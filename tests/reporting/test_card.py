@@ -15,7 +15,7 @@ import secateur
 from report_data import HOSTILE_NAMES
 from secateur.errors import OutputError
 from secateur.pipeline.plan import Request
-from secateur.pipeline.presets import chosen
+from secateur.pipeline.presets import PRESETS, chosen
 from secateur.pipeline.reconstruct import Reconstruction
 from secateur.pipeline.rules import FOUND
 from secateur.pruning import METHODS
@@ -410,7 +410,8 @@ def test_defaults_are_those_of_prune():
 
 
 LINEAR = {"allocation": {"0": 0.4}, "allocation_found": {"name": "linear", "mean": 0.5}}
-BEST = {"preset": "best", "method": "wanda+swaps+pcg", "reconstruct": asdict(Reconstruction(seed=0)), "sparsity": 0.7}
+BEST = {"preset": "best", "reconstruct": asdict(Reconstruction(seed=0)), "sparsity": 0.7}
+BEST["method"] = PRESETS["best"]["method"]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +427,7 @@ BEST = {"preset": "best", "method": "wanda+swaps+pcg", "reconstruct": asdict(Rec
         ({**BEST, "pattern": "2:8", "sparsity": 0.75}, "--preset best --pattern 2:8"),
         ({**BEST, "method": "alps", "pattern": "matrix", **LINEAR}, "--preset best --method alps --sparsity 0.7"),
         # What no option can take away from a preset is made without it.
-        ({**BEST, **LINEAR, "reconstruct": None}, "--method wanda+swaps+pcg --sparsity 0.7 --allocation linear"),
+        ({**BEST, **LINEAR, "reconstruct": None}, f"--method {BEST['method']} --sparsity 0.7 --allocation linear"),
     ],
 )  # fmt: skip
 def test_the_command_of_a_preset_names_what_differs_from_it(changes, options):

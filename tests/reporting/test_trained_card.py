@@ -137,7 +137,7 @@ def test_a_model_pruned_on_the_way(card):
     assert found["Trained"] == "all parameters: 1,200 in all" and metadata(text)["tags"][-1] == "wanda"
     assert "not recorded" not in text.split("\n## ")[0] and "every zero" not in text
     line = "secateur finetune thin OUTPUT --data c4 --steps 8 --accumulate 3 --learning-rate 0.001 --sparsity 0.6 "
-    line += "--initial 0.25 --every 2 --method wanda --seed 7 --evaluate wikitext2"
+    line += "--initial 0.25 --every 2 --seed 7 --evaluate wikitext2"
     assert commands(text) == [line]
     text = card(a_pruned_course(rounds=3, samples=5, pattern="2:4", method="magnitude", allocation={"0": 0.25}))
     assert facts(text)["Pruned on the way"].startswith("in 3 rounds. Iterative pruning: Song Han, ")
@@ -298,7 +298,7 @@ COMMANDS = [
     (dict(teacher="a teacher", evaluate="wikitext2"), "--teacher 'a teacher' --evaluate wikitext2"),
     (dict(evaluate="sotu", seqlen=16), "--seqlen 16 --evaluate sotu"),
     (dict(sparsity=0.6), "--sparsity 0.6"),
-    (dict(sparsity=0.6, train="full", method="magnitude", every=10), "--sparsity 0.6"),
+    (dict(sparsity=0.6, train="full", method="wanda", every=10), "--sparsity 0.6"),
     (dict(sparsity=0.6, train="bias", method="ria", initial=0.2, schedule="linear", every=5, include=["a", "b c"]),
      "--train bias --sparsity 0.6 --initial 0.2 --schedule linear --every 5 --method ria --include a --include 'b c'"),
     (dict(pattern="2:4", exclude="d"), "--pattern 2:4 --exclude d"),

@@ -275,7 +275,10 @@ class LiveHost:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Put the model into evaluation mode, and on a CPU its skeleton into float32, for a while."""
+        """Put the model into evaluation mode, without gradients, and its skeleton into the dtype of computing."""
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        for parameter, _ in gradients:
+            parameter.grad = None
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -284,6 +287,8 @@ class LiveHost:
         finally:
             for module in training:
                 module.training = True
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

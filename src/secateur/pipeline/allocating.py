@@ -101,7 +101,9 @@ class _Finder:
     def find(self, name: str) -> tuple[dict[str, Rule], dict[str, Any]]:
         """Return the rules, and how they were found."""
         if len(self.blocks) < 2:
-            raise OptionError(f"allocation {name}: only one block is to be pruned, so all is uniform; leave it out")
+            raise OptionError(
+                f"allocation {name}: only one block is to be pruned, so all is uniform: --allocation uniform"
+            )
         rules, found = {"linear": self._linear, "owl": self._owl, "alpha": self._alpha}[name]()
         return rules, {"name": name, "mean": mean_sparsity(self.plan.matrices, self._targets(rules)), **found}
 

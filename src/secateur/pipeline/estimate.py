@@ -20,7 +20,9 @@ from .stream import MICRO_BATCH_TOKENS
 # Attention, norms and the rest, as a share of the time in matrix products (SmolLM2, 512 tokens: 1.4).
 OVERHEAD = 1.4
 FORWARDS_OF_A_STEP = 3  # forward, and backward to weights and inputs
-COPIES = 4  # of a block's weights beside those of any run, while it is reconstructed: gradients, two of Adam, the best
+COPIES = (
+    6  # of a block's weights, beside those of any run, while it is reconstructed: gradients, two of Adam, first, best
+)
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers
 
 

@@ -26,6 +26,7 @@ from .loop import prune_blocks
 from .machine import peak_memory_bytes, threads
 from .output import Describe, check_output, make_report
 from .plan import Request, announce, make_plan
+from .reconstruct import batch_tokens
 from .run_directory import REPORT, RunDirectory, run_path
 from .self_text import tokens_for
 from .stream import Stream
@@ -121,14 +122,11 @@ def prune_live(
             request = with_allocation(request, host, facts, tokens, Path(folder) / "allocating", (), progress)
             plan = make_plan(request, host, facts, tokens)
             announce(plan)
-            stream = dense = None
-            if tokens and plan.job.reconstruct:
-                stream, dense = (
-                    Stream(host, tokens.rows, Path(folder) / name, batch_tokens=plan.job.reconstruct.batch_tokens)
-                    for name in ("pruned", "dense")
-                )
-            elif tokens and plan.job.method.needs:
-                stream = Stream(host, tokens.rows, Path(folder))
+            how, stream, dense = plan.job.reconstruct, None, None
+            if tokens and (plan.job.method.needs or how):
+                stream = Stream(host, tokens.rows, Path(folder), batch_tokens=batch_tokens(how))
+            if stream and how:
+                dense = stream.beside(Path(folder) / "dense")
             prune_blocks(host, plan.job, stream, results, progress, dense)
     except SecateurError as error:
         if results.done:

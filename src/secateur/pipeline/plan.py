@@ -22,9 +22,9 @@ from ..pruning.methods import Composition
 from .calibration import Tokens
 from .loop import Job, check_left_out
 from .machine import software
-from .reconstruct import FEWEST, Reconstruction
+from .reconstruct import FEWEST, Reconstruction, batch_tokens
 from .rules import CALIBRATED, allocation_name, allocation_rules
-from .stream import MICRO_BATCH_TOKENS, micro_batches
+from .stream import micro_batches
 
 log = logging.getLogger("secateur")
 
@@ -75,10 +75,12 @@ class Request:
         written_dtype(self.dtype)
         if self.propagate not in PROPAGATE:
             raise OptionError(f"unknown propagate {self.propagate!r}: {nearest(self.propagate, PROPAGATE)}")
+        if not isinstance(self.reconstruct, (bool, Reconstruction)):
+            raise OptionError(f"reconstruct {self.reconstruct!r}: is True, False or a secateur.Reconstruction")
         if self.reconstruction:
             self.reconstruction.check()
             if self.propagate != "block":
-                raise OptionError(f"reconstruct: goes with propagate block, not {self.propagate}")
+                raise OptionError(f"reconstruct (and preset best) goes with propagate block, not {self.propagate}")
         check_format(self.format, self.values)
         if self.format == "nm" and not (isinstance(target.pattern, NM) and target.pattern.m <= MAX_M):
             raise OptionError(f"format nm: holds N:M patterns with M up to {MAX_M}, not {target.pattern}; use bitmask")
@@ -103,9 +105,8 @@ class Request:
     @property
     def reconstruction(self) -> Reconstruction | None:
         """How blocks are to be reconstructed; None if they are not."""
-        if isinstance(self.reconstruct, Reconstruction):
-            return replace(self.reconstruct, seed=self.seed)
-        return Reconstruction(seed=self.seed) if self.reconstruct else None
+        how = Reconstruction() if self.reconstruct is True else self.reconstruct or None
+        return replace(how, seed=self.seed) if how and how.seed is None else how
 
     @property
     def parsed_method(self) -> Method:
@@ -182,7 +183,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "dtype": request.dtype,
         "device": str(host.device),
         "threads": torch.get_num_threads(),
-        "micro_batch_tokens": how.batch_tokens if how else MICRO_BATCH_TOKENS,
+        "micro_batch_tokens": batch_tokens(how),
         "evaluate": {"source": request.evaluate, "seqlen": request.seqlen} if request.evaluate else None,
         "search": request.search,
         "software": software(),

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..errors import OptionError, nearest
 from ..pruning import Method, parse_pattern, updated
-from ..pruning.allocation import Rules
+from ..pruning.allocation import MOST, Rules, check_sparsity
+from ..pruning.methods import PLUS
 from .reconstruct import Reconstruction
 
 DEFAULT_METHOD = "wanda"
@@ -38,8 +39,10 @@ def chosen(
         raise OptionError(f"unknown preset {preset!r}: {nearest(preset, PRESETS)}")
     wished = {"method": DEFAULT_METHOD, "reconstruct": False, "allocation": "uniform", **PRESETS.get(preset or "", {})}
     free = pattern is None or parse_pattern(pattern).fixed_sparsity is None
-    if preset == "best" and free and isinstance(sparsity, float) and sparsity >= MUCH:
+    if preset == "best" and free and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
         wished["allocation"] = BEST_ALLOCATION
+    if update is not None:  # in place of the preset's own stages
+        wished["method"] = PLUS.split(wished["method"])[0]
     given = {"method": method, "reconstruct": reconstruct, "allocation": allocation}
     wished |= {name: value for name, value in given.items() if value is not None}
     return {**wished, "method": updated(wished["method"], update), "preset": preset}

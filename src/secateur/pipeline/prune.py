@@ -30,9 +30,10 @@ from .machine import choose_device, peak_memory_bytes, threads
 from .output import Describe, check_output, make_report, write_checkpoint
 from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
+from .reconstruct import batch_tokens
 from .run_directory import REPORT, RunDirectory, finished_result, run_of
 from .self_text import tokens_for
-from .stream import MICRO_BATCH_TOKENS, Stream
+from .stream import Stream
 
 log = logging.getLogger("secateur")
 
@@ -138,8 +139,13 @@ def _run(
         stream = dense = None
         if tokens:
             stream = stream_at(run, host, results, tokens, plan.job, progress)
-        if tokens and plan.job.reconstruct:
-            dense = stream_at(run, host, results, tokens, plan.job, progress, dense=True)
+        if stream and tokens and plan.job.reconstruct:
+            first = results.done == 0
+            dense = (
+                stream.beside(run.path / "hidden" / "dense")
+                if first
+                else stream_at(run, host, results, tokens, plan.job, progress, dense=True)
+            )
         prune_blocks(host, plan.job, stream, results, progress, dense)
         for passed in (stream, dense):
             if passed:
@@ -202,8 +208,7 @@ def stream_at(
     """The calibration tokens at the first unfinished block, in the pruned model or in the dense one."""
     done, folder = results.done, run.path / "hidden"
     first = done if run.hidden_is_sound else 0
-    batch_tokens = job.reconstruct.batch_tokens if job.reconstruct else MICRO_BATCH_TOKENS
-    stream = Stream(host, tokens.rows, folder / "dense" if dense else folder, first, batch_tokens)
+    stream = Stream(host, tokens.rows, folder / "dense" if dense else folder, first, batch_tokens(job.reconstruct))
     if first < done:
         progress.start("repeating hidden states", done * len(stream.batches))
         for index in range(done):

@@ -22,7 +22,7 @@ from ..errors import ModelError, OptionError
 from ..models.matrices import Matrix
 from ..progress import Progress
 from .observation import fits
-from .stream import Stream
+from .stream import MICRO_BATCH_TOKENS, Stream
 
 log = logging.getLogger("secateur")
 
@@ -40,17 +40,20 @@ class Reconstruction:
         learning_rate: of Adam at the beginning; it falls to a tenth by half a cosine.
         patience: a block is done after so many epochs without a smaller error on held-out sequences.
         batch_tokens: tokens of a step; fewer take less memory.
-        seed: of the order of the steps.
+        seed: of the order of the steps; None is that of the run.
     """
 
     epochs: int = 8
     learning_rate: float = 2e-3
     patience: int = 2
     batch_tokens: int = 2048
-    seed: int = 0
+    seed: int | None = None
 
     def check(self) -> None:
         """Raise OptionError for a value out of range."""
+        for name in ("epochs", "patience", "batch_tokens"):
+            if not isinstance(getattr(self, name), int):
+                raise OptionError(f"reconstruct: {name} is a whole number, not {getattr(self, name)!r}")
         if min(self.epochs, self.patience, self.batch_tokens) < 1:
             raise OptionError("reconstruct: epochs, patience and batch_tokens are at least 1")
         if not 0 < self.learning_rate < math.inf:
@@ -65,6 +68,11 @@ class Writer(Protocol):
 
     def cast(self, name: str, parameter: Tensor) -> Tensor:
         """Return another parameter of the resident block, by its whole name, cast."""
+
+
+def batch_tokens(how: Reconstruction | None) -> int:
+    """Tokens of a micro-batch, with or without reconstruction."""
+    return how.batch_tokens if how else MICRO_BATCH_TOKENS
 
 
 def steps_of(how: Reconstruction, batches: int) -> int:
@@ -114,14 +122,16 @@ def reconstruct_block(
     wanted = _held_if_it_fits(dense, index + 1)
 
     def loss(number: int) -> Tensor:
-        dense_BTD = wanted(number).float()
         new_BTD = stream.calls[number][index].run(block, given(number)).float()
+        dense_BTD = wanted(number).to(new_BTD.device).float()
         size_BT = dense_BTD.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         return ((new_BTD - dense_BTD).square().sum(-1) / size_BT).mean()
 
     def error() -> float:
+        tokens = [stream.batches[number].numel() for number in held]
         with torch.no_grad():
-            return math.sqrt(sum(float(loss(number)) for number in held) / len(held))
+            squares = sum(count * float(loss(number)) for count, number in zip(tokens, held, strict=True))
+        return math.sqrt(squares / sum(tokens))
 
     before = best = error()
     first = former = weights.copy()
@@ -137,8 +147,8 @@ def reconstruct_block(
                     break
     except torch.OutOfMemoryError:
         raise ModelError(
-            f"block {index}: too little memory to reconstruct it; a smaller batch_tokens or seqlen takes less, or "
-            "--device cpu"
+            f"block {index}: too little memory to reconstruct it; a smaller --seqlen takes less, --device cpu has "
+            "more, and in Python Reconstruction(batch_tokens=...) takes smaller steps"
         ) from None
     progress.advance((how.epochs - epoch) * len(seen))
     weights.put(former, writer)
@@ -175,16 +185,26 @@ def _epochs(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
     )
-    order = torch.Generator().manual_seed(how.seed * 1_000_003 + index)
+    order = torch.Generator().manual_seed(((how.seed or 0) * 1_000_003 + index) % 2**63)
     for _ in range(how.epochs):
         for place in torch.randperm(len(seen), generator=order).tolist():
-            with torch.enable_grad():
+            with torch.enable_grad(), _tf32():
                 loss(seen[place]).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             progress.advance()
         yield error()
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Have a GPU multiply matrices faster and more coarsely, which is enough for a gradient."""
+    former, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = former
 
 
 class _Weights:
@@ -223,7 +243,6 @@ class _Weights:
     def training(self) -> Iterator[list[nn.Parameter]]:
         """Have gradients for what is trained alone, none of them for a masked weight."""
         former = {parameter: parameter.requires_grad for parameter in self.block.parameters()}
-        tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
         self.block.requires_grad_(False)
         handles = []
         for parameter in self.parameters:
@@ -233,7 +252,6 @@ class _Weights:
         try:
             yield self.parameters
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
             for handle in handles:
                 handle.remove()
             for parameter, required in former.items():

@@ -160,11 +160,13 @@ def updated(method: str | Method, update: str | None) -> str | Method:
 
 def _followed(method: Method, stages: Sequence[str]) -> Method:
     """A method, and then these stages."""
-    parts = []
+    parts: list[tuple[str, dict[str, Any]]] = []
     for stage in stages:
         name, *pairs = stage.split(":")
         if name not in STAGES:
             raise OptionError(f"unknown update {name!r}: {nearest(name, STAGES)}")
+        if name == "swaps" and parts:
+            raise OptionError(f"update swaps: keeps the original weights, so it comes before {parts[-1][0]}: swaps+pcg")
         parts.append((name, _read(f"update {name!r}", pairs, _options(STAGES[name]))))
     return replace(method, prune=Composition(method, tuple(parts)), needs=method.needs | {GRAM}, options={})
 

@@ -72,7 +72,7 @@ def prune_command(plan: Mapping[str, Any]) -> list[str] | None:
 def _default_reconstruction(plan: Mapping[str, Any]) -> bool | None:
     """Whether blocks were reconstructed; None if they were with settings that only Python can give."""
     how = plan.get("reconstruct")
-    return how is not None if how is None or {**how, "seed": 0} == asdict(Reconstruction()) else None
+    return how is not None if how is None or {**how, "seed": None} == asdict(Reconstruction()) else None
 
 
 def _usual(plan: Mapping[str, Any], reconstruct: bool) -> dict[str, Any]:
