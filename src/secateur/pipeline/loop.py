@@ -103,37 +103,49 @@ def prune_blocks(
             if dense:
                 dense.forward(index, block, progress)
             chosen = job.chosen(host, index)
-            observer = Observer({n: m for n, m in chosen.items() if n not in unobserved}, job.method.needs)
-            with closing(_ready(stream, index, block, observer, job, progress)) as groups:
-                records = [
-                    prune_matrix(run.as_written, chosen[name], job, observer)
-                    for names in groups
-                    for name in names
-                    if stream is None or observer.seen(name)
-                ]
-            order = list(chosen)
-            records.sort(key=lambda record: order.index(record["name"]))
-            pruned = {record["name"] for record in records}
-            unobserved |= chosen.keys() - pruned
+            observed = {name: matrix for name, matrix in chosen.items() if name not in unobserved}
+            records = _prune_matrices(stream, index, block, observed, run, job, progress)
+            pruned = [chosen[entry["name"]] for entry in records]
+            left = chosen.keys() - {matrix.name for matrix in pruned}
+            unobserved |= left
             check_left_out(unobserved, weights, NO_INPUT)
-            done = [chosen[name] for name in chosen if name in pruned]
-            rebuilt = None
-            if stream and dense and job.reconstruct and done:
-                rebuilt = reconstruct_block(block, index, done, stream, dense, run, job.reconstruct, progress)
-                for entry, matrix in zip(records, done, strict=True):
+            error = rebuilt = None
+            if stream and dense and job.reconstruct and pruned:
+                rebuilt = reconstruct_block(block, index, pruned, stream, dense, run, job.reconstruct, progress)
+                for entry, matrix in zip(records, pruned, strict=True):
                     entry["zeros"] = matrix.weights - int(matrix.read().count_nonzero())
-            run.keep(index, done)
-            error = None
+            run.keep(index, pruned)
             if stream and job.propagate == "block":
                 error = stream.forward(index, block, progress, compare=True)
         record: dict[str, Any]
         record = {"block": index, "seconds": time.perf_counter() - started, "output_error": error, "matrices": records}
         if rebuilt:
             record["reconstruction"] = rebuilt
-        if chosen.keys() - pruned:
-            record["unobserved"] = sorted(chosen.keys() - pruned)
+        if left:
+            record["unobserved"] = sorted(left)
         run.finish(index, record)
     progress.finish()
+
+
+def _prune_matrices(
+    stream: Stream | None,
+    index: int,
+    block: nn.Module,
+    observed: Mapping[str, Matrix],
+    run: Run,
+    job: Job,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Prune a block's matrices whenever their inputs are known; return their records in the order of `observed`."""
+    observer = Observer(observed, job.method.needs)
+    with closing(_ready(stream, index, block, observer, job, progress)) as groups:
+        records = {
+            name: prune_matrix(run.as_written, observed[name], job, observer)
+            for names in groups
+            for name in names
+            if stream is None or observer.seen(name)
+        }
+    return [records[name] for name in observed if name in records]
 
 
 def _ready(

@@ -113,52 +113,55 @@ def reconstruct_block(
     Raises:
         ModelError: the device has not enough memory.
     """
-    weights = _Weights(block, pruned, f"{stream.host.skeleton.path}.{index}")
-    numbers = range(len(stream.batches))
-    held = numbers[HELD_OUT - 1 :: HELD_OUT]
-    seen = [number for number in numbers if number not in held]
+    with _memory_told(index):
+        weights = _Weights(block, pruned, f"{stream.host.skeleton.path}.{index}")
+        distance = _Distance(block, index, stream, dense)
+        first, before = weights.copy(), distance.held_out()
+        best, epochs = _best(weights, distance, before, how, index, progress)
+        after = before
+        if best is not None:
+            weights.put(best, writer)
+            after = distance.held_out()
+        if best is None or not after < before:
+            weights.put(first, writer)
+            after = before
+            log.warning("block %d: reconstruction did not bring it nearer; its weights stay as they were", index)
+    return {"error_before": before, "error_after": after, "epochs": epochs}
 
-    given = _held_if_it_fits(stream, index)
-    wanted = _held_if_it_fits(dense, index + 1)
 
-    def loss(number: int) -> Tensor:
-        new_BTD = stream.calls[number][index].run(block, given(number)).float()
-        dense_BTD = wanted(number).to(new_BTD.device).float()
-        size_BT = dense_BTD.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        return ((new_BTD - dense_BTD).square().sum(-1) / size_BT).mean()
-
-    def error() -> float:
-        tokens = [stream.batches[number].numel() for number in held]
-        with torch.no_grad():
-            squares = sum(count * float(loss(number)) for count, number in zip(tokens, held, strict=True))
-        return math.sqrt(squares / sum(tokens))
-
-    before = best = error()
-    first = former = weights.copy()
-    epoch, stale = 0, 0
+@contextmanager
+def _memory_told(index: int) -> Iterator[None]:
     try:
-        with weights.training() as parameters:
-            for found in _epochs(parameters, seen, loss, error, how, index, progress):
-                epoch += 1
-                stale = 0 if found < best else stale + 1
-                if found < best:
-                    best, former = found, weights.copy()
-                if stale >= how.patience or not math.isfinite(found):
-                    break
+        yield
     except torch.OutOfMemoryError:
         raise ModelError(
             f"block {index}: too little memory to reconstruct it; a smaller --seqlen takes less, --device cpu has "
             "more, and in Python Reconstruction(batch_tokens=...) takes smaller steps"
         ) from None
-    progress.advance((how.epochs - epoch) * len(seen))
-    weights.put(former, writer)
-    after = error() if best < before else before
-    if not after < before:
-        if best < before:
-            weights.put(first, writer)
-        after = before
-        log.warning("block %d: reconstruction did not bring it nearer; its weights stay as they were", index)
-    return {"error_before": before, "error_after": after, "epochs": epoch}
+
+
+class _Distance:
+    """How far a block's outputs are from the dense model's, on the micro-batches seen and on those held out."""
+
+    def __init__(self, block: nn.Module, index: int, stream: Stream, dense: Stream) -> None:
+        self.block, self.calls = block, [calls[index] for calls in stream.calls]
+        self.given, self.wanted = _held_if_it_fits(stream, index), _held_if_it_fits(dense, index + 1)
+        self.tokens = [ids.numel() for ids in stream.batches]
+        self.held = range(len(stream.batches))[HELD_OUT - 1 :: HELD_OUT]
+        self.seen = [number for number in range(len(stream.batches)) if number not in self.held]
+
+    def loss(self, number: int) -> Tensor:
+        """Mean over one micro-batch's tokens of |dense - new|² / |dense|²."""
+        new_BTD = self.calls[number].run(self.block, self.given(number)).float()
+        dense_BTD = self.wanted(number).to(new_BTD.device).float()
+        size_BT = dense_BTD.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        return ((new_BTD - dense_BTD).square().sum(-1) / size_BT).mean()
+
+    def held_out(self) -> float:
+        """Root of the mean loss over held-out tokens."""
+        with torch.no_grad():
+            squares = sum(self.tokens[number] * float(self.loss(number)) for number in self.held)
+        return math.sqrt(squares / sum(self.tokens[number] for number in self.held))
 
 
 def _held_if_it_fits(stream: Stream, index: int) -> Callable[[int], Tensor]:
@@ -170,18 +173,28 @@ def _held_if_it_fits(stream: Stream, index: int) -> Callable[[int], Tensor]:
     return held.__getitem__
 
 
+def _best(
+    weights: _Weights, distance: _Distance, before: float, how: Reconstruction, index: int, progress: Progress
+) -> tuple[list[Tensor] | None, int]:
+    """Train; return the weights that are best on what is held out, None if none are better, and the epochs."""
+    best, least, epoch, stale = None, before, 0, 0
+    with weights.training() as parameters:
+        for error in _epochs(parameters, distance, how, index, progress):
+            epoch, stale = epoch + 1, stale + 1
+            if error < least:
+                best, least, stale = weights.copy(), error, 0
+            if stale == how.patience or not math.isfinite(error):
+                break
+    progress.advance((how.epochs - epoch) * len(distance.seen))
+    return best, epoch
+
+
 def _epochs(
-    parameters: Sequence[nn.Parameter],
-    seen: Sequence[int],
-    loss: Callable[[int], Tensor],
-    error: Callable[[], float],
-    how: Reconstruction,
-    index: int,
-    progress: Progress,
+    parameters: Sequence[nn.Parameter], distance: _Distance, how: Reconstruction, index: int, progress: Progress
 ) -> Iterator[float]:
     """Train, and yield the error on held-out sequences after every epoch."""
     optimizer = torch.optim.Adam(parameters, lr=how.learning_rate, betas=(0.9, 0.95), fused=True)
-    steps = how.epochs * len(seen)
+    seen, steps = distance.seen, how.epochs * len(distance.seen)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
     )
@@ -189,12 +202,12 @@ def _epochs(
     for _ in range(how.epochs):
         for place in torch.randperm(len(seen), generator=order).tolist():
             with torch.enable_grad(), _tf32():
-                loss(seen[place]).backward()
+                distance.loss(seen[place]).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             progress.advance()
-        yield error()
+        yield distance.held_out()
 
 
 @contextmanager
