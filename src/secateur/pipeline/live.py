@@ -26,7 +26,6 @@ from .loop import prune_blocks
 from .machine import peak_memory_bytes, threads
 from .output import Describe, check_output, make_report
 from .plan import Request, announce, make_plan
-from .reconstruct import batch_tokens
 from .run_directory import REPORT, RunDirectory, run_path
 from .self_text import tokens_for
 from .stream import Stream
@@ -122,10 +121,10 @@ def prune_live(
             request = with_allocation(request, host, facts, tokens, Path(folder) / "allocating", (), progress)
             plan = make_plan(request, host, facts, tokens)
             announce(plan)
-            how, stream, dense = plan.job.reconstruct, None, None
-            if tokens and (plan.job.method.needs or how):
-                stream = Stream(host, tokens.rows, Path(folder), batch_tokens=batch_tokens(how))
-            if stream and how:
+            stream = dense = None
+            if tokens and (plan.job.method.needs or plan.job.reconstruct):
+                stream = Stream(host, tokens.rows, Path(folder), batch_tokens=plan.job.batch_tokens)
+            if stream and plan.job.reconstruct:
                 dense = stream.beside(Path(folder) / "dense")
             prune_blocks(host, plan.job, stream, results, progress, dense)
     except SecateurError as error:

@@ -65,6 +65,11 @@ class Job:
     fold_mean: bool = False
     reconstruct: Reconstruction | None = None
 
+    @property
+    def batch_tokens(self) -> int | None:
+        """Tokens of a micro-batch; None is the usual number."""
+        return self.reconstruct.batch_tokens if self.reconstruct else None
+
     def chosen(self, host: Host, index: int) -> dict[str, Matrix]:
         """Return the matrices of one block that are to be pruned."""
         found = block_matrices(host, index)

@@ -22,9 +22,9 @@ from ..pruning.methods import Composition
 from .calibration import Tokens
 from .loop import Job, check_left_out
 from .machine import software
-from .reconstruct import FEWEST, Reconstruction, batch_tokens
+from .reconstruct import FEWEST, Reconstruction
 from .rules import CALIBRATED, allocation_name, allocation_rules
-from .stream import micro_batches
+from .stream import MICRO_BATCH_TOKENS, micro_batches
 
 log = logging.getLogger("secateur")
 
@@ -183,7 +183,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "dtype": request.dtype,
         "device": str(host.device),
         "threads": torch.get_num_threads(),
-        "micro_batch_tokens": batch_tokens(how),
+        "micro_batch_tokens": how.batch_tokens if how else MICRO_BATCH_TOKENS,
         "evaluate": {"source": request.evaluate, "seqlen": request.seqlen} if request.evaluate else None,
         "search": request.search,
         "software": software(),

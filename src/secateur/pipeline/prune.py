@@ -30,7 +30,6 @@ from .machine import choose_device, peak_memory_bytes, threads
 from .output import Describe, check_output, make_report, write_checkpoint
 from .packing import packed_bytes
 from .plan import Plan, Request, announce, make_plan, written_dtype
-from .reconstruct import batch_tokens
 from .run_directory import REPORT, RunDirectory, finished_result, run_of
 from .self_text import tokens_for
 from .stream import Stream
@@ -208,7 +207,7 @@ def stream_at(
     """The calibration tokens at the first unfinished block, in the pruned model or in the dense one."""
     done, folder = results.done, run.path / "hidden"
     first = done if run.hidden_is_sound else 0
-    stream = Stream(host, tokens.rows, folder / "dense" if dense else folder, first, batch_tokens(job.reconstruct))
+    stream = Stream(host, tokens.rows, folder / "dense" if dense else folder, first, job.batch_tokens)
     if first < done:
         progress.start("repeating hidden states", done * len(stream.batches))
         for index in range(done):

@@ -22,7 +22,7 @@ from ..errors import ModelError, OptionError
 from ..models.matrices import Matrix
 from ..progress import Progress
 from .observation import fits
-from .stream import MICRO_BATCH_TOKENS, Stream
+from .stream import Stream
 
 log = logging.getLogger("secateur")
 
@@ -68,11 +68,6 @@ class Writer(Protocol):
 
     def cast(self, name: str, parameter: Tensor) -> Tensor:
         """Return another parameter of the resident block, by its whole name, cast."""
-
-
-def batch_tokens(how: Reconstruction | None) -> int:
-    """Tokens of a micro-batch, with or without reconstruction."""
-    return how.batch_tokens if how else MICRO_BATCH_TOKENS
 
 
 def steps_of(how: Reconstruction, batches: int) -> int:

@@ -28,7 +28,7 @@ class Stream:
     """Rows of tokens on their way through a model: micro-batches, their calls, and their hidden states."""
 
     def __init__(
-        self, host: Host, rows: Sequence[Tensor], folder: Path, first: int = 0, batch_tokens: int = MICRO_BATCH_TOKENS
+        self, host: Host, rows: Sequence[Tensor], folder: Path, first: int = 0, batch_tokens: int | None = None
     ) -> None:
         """Run the skeleton on all rows.
 
@@ -37,7 +37,7 @@ class Stream:
             rows: token ids, each [T]; consecutive rows of one length share micro-batches.
             folder: where hidden states are kept.
             first: the block to go on with; its input must be in the folder unless it is 0.
-            batch_tokens: of a micro-batch, at most, if it is more than one row.
+            batch_tokens: of a micro-batch, at most, if it is more than one row; None is `MICRO_BATCH_TOKENS`.
 
         Raises:
             ModelError: the model's blocks cannot be run one at a time.
@@ -134,12 +134,12 @@ class Stream:
             file.unlink(missing_ok=True)
 
 
-def micro_batches(rows: Sequence[Tensor], tokens: int = MICRO_BATCH_TOKENS) -> Iterator[Tensor]:
+def micro_batches(rows: Sequence[Tensor], tokens: int | None = None) -> Iterator[Tensor]:
     """Stack consecutive rows of one length into batches [B, T] of at most `tokens` tokens, or of one row."""
     start = 0
     while start < len(rows):
         length = len(rows[start])
-        most = max(1, tokens // length)
+        most = max(1, (tokens or MICRO_BATCH_TOKENS) // length)
         end = start + 1
         while end < len(rows) and end - start < most and len(rows[end]) == length:
             end += 1
