@@ -22,9 +22,9 @@ from ..pruning.methods import Composition
 from .calibration import Tokens
 from .loop import Job, check_left_out
 from .machine import software
-from .reconstruct import FEWEST, Reconstruction
+from .reconstruct import Reconstruction, with_enough_tokens
 from .rules import CALIBRATED, allocation_name, allocation_rules
-from .stream import MICRO_BATCH_TOKENS, micro_batches
+from .stream import MICRO_BATCH_TOKENS
 
 log = logging.getLogger("secateur")
 
@@ -164,7 +164,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         "a fused weight that transformers does not run through its experts interface, so its layout is unknown",
     )
     rules = allocation_rules(request.allocation)
-    how = _with_enough_tokens(request.reconstruction, tokens)
+    how = with_enough_tokens(request.reconstruction, tokens.rows if tokens else ())
     record = {
         "model": dict(model),
         "preset": request.preset,
@@ -192,22 +192,6 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
     targets = allocate(readable, default, rules)
     job = Job(method, targets, request.propagate, reconstruct=how)
     return Plan(job, readable, [m for m in chosen if m.name in closed], record)
-
-
-def _with_enough_tokens(how: Reconstruction | None, tokens: Tokens | None) -> Reconstruction | None:
-    """Do without reconstruction where there are too few tokens, and say so."""
-    if how is None or tokens is None:
-        return None
-    found = len(list(micro_batches(tokens.rows, how.batch_tokens)))
-    if found < FEWEST:
-        length = max(len(row) for row in tokens.rows)
-        needed = FEWEST * max(1, how.batch_tokens // length)
-        log.warning(
-            "reconstruct: %d sequences of %d tokens are too few, it needs %d; weights stay as the method leaves them",
-            len(tokens.rows), length, needed,
-        )  # fmt: skip
-        return None
-    return how
 
 
 def announce(plan: Plan) -> None:

@@ -22,7 +22,7 @@ from ..errors import ModelError, OptionError
 from ..models.matrices import Matrix
 from ..progress import Progress
 from .observation import fits
-from .stream import Stream
+from .stream import Stream, micro_batches
 
 log = logging.getLogger("secateur")
 
@@ -68,6 +68,20 @@ class Writer(Protocol):
 
     def cast(self, name: str, parameter: Tensor) -> Tensor:
         """Return another parameter of the resident block, by its whole name, cast."""
+
+
+def with_enough_tokens(how: Reconstruction | None, rows: Sequence[Tensor]) -> Reconstruction | None:
+    """Do without reconstruction where there are too few tokens, and say so."""
+    if how is None or not len(rows):
+        return None
+    if len(list(micro_batches(rows, how.batch_tokens))) >= FEWEST:
+        return how
+    length = max(len(row) for row in rows)
+    log.warning(
+        "reconstruct: %d sequences of %d tokens are too few, it needs %d; weights stay as the method leaves them",
+        len(rows), length, FEWEST * max(1, how.batch_tokens // length),
+    )  # fmt: skip
+    return None
 
 
 def steps_of(how: Reconstruction, batches: int) -> int:
