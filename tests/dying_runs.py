@@ -179,7 +179,6 @@ SCENARIOS = {
     "dense": {"options": DENSE, "kinds": ("put", "note")},
     "machine restarted": {"options": WANDA, "kinds": ("put", "note"), "reboot": True},
     "machine restarted, dense": {"options": DENSE, "kinds": ("put", "note"), "reboot": True},
-    "reconstruct": {"options": RECONSTRUCT, "kinds": ("replace", "note")},
     "machine restarted, reconstruct": {"options": RECONSTRUCT, "kinds": ("replace", "note"), "reboot": True},
     "overwrite": {"options": {**WANDA, "overwrite": True}, "former": MAGNITUDE, "kinds": ("replace", "unlink")},
     "another plan afterwards": {"options": WANDA, "then": INSTEAD, "kinds": ("note", "unlink", "rmdir")},

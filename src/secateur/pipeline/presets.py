@@ -38,9 +38,9 @@ def chosen(
     if preset is not None and preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}: {nearest(preset, PRESETS)}")
     wished = {"method": DEFAULT_METHOD, "reconstruct": False, "allocation": "uniform", **PRESETS.get(preset or "", {})}
-    free = pattern is None or parse_pattern(pattern).fixed_sparsity is None
-    if preset == "best" and free and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
-        wished["allocation"] = BEST_ALLOCATION
+    if preset == "best" and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
+        free = not pattern or parse_pattern(pattern).fixed_sparsity is None
+        wished["allocation"] = BEST_ALLOCATION if free else "uniform"
     if update is not None:  # in place of the preset's own stages
         wished["method"] = PLUS.split(wished["method"])[0]
     given = {"method": method, "reconstruct": reconstruct, "allocation": allocation}
