@@ -195,7 +195,7 @@ secateur.shrink(sys.argv[1], sys.argv[2], layers=2, neurons=0.5, **options)
 """
 
 
-@pytest.mark.parametrize("steps", [3, 9, 15, 22])
+@pytest.mark.parametrize("steps", [3, 15])
 def test_a_process_that_is_killed_leaves_a_whole_output_or_none(steps, models, whole, tmp_path):
     words = [sys.executable, "-c", KILLED, str(models / "llama"), str(tmp_path / "out"), str(steps)]
     tests = str(Path(__file__).parents[1])
