@@ -97,11 +97,7 @@ def prune_live(
     """
     request.check()
     if output is not None:
-        check_output(output, Path(model.name_or_path or "."), overwrite=False)
-        if output.exists() and any(output.iterdir()):
-            raise OutputError(f"{output}: is not empty; choose another directory")
-        if (unfinished := run_path(output)).exists():
-            raise OutputError(f"{unfinished}: holds an unfinished run; finish it, remove it, or choose another OUTPUT")
+        _check_output(model, output)
     if getattr(model, "quantization_method", None) == QUANT_METHOD:
         raise ModelError(
             f"{model.name_or_path}: is packed, and stays so in memory; prune it from disk to disk, or unpack it first"
@@ -143,6 +139,14 @@ def prune_live(
     if output is not None:
         _save_live(model, tokenizer, output, report, describe)
     return report
+
+
+def _check_output(model: PreTrainedModel, output: Path) -> None:
+    check_output(output, Path(model.name_or_path or "."), overwrite=False)
+    if output.exists() and any(output.iterdir()):
+        raise OutputError(f"{output}: is not empty; choose another directory")
+    if (unfinished := run_path(output)).exists():
+        raise OutputError(f"{unfinished}: holds an unfinished run; finish it, remove it, or choose another OUTPUT")
 
 
 def _save_live(

@@ -1,4 +1,4 @@
-"""Presets: which method, reconstruction and allocation for how much patience (docs/choosing.md)."""
+"""Presets: which method, reconstruction and allocation for how much patience (docs/quality.md)."""
 
 from __future__ import annotations
 

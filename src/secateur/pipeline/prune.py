@@ -139,12 +139,10 @@ def _run(
         if tokens:
             stream = stream_at(run, host, results, tokens, plan.job, progress)
         if stream and tokens and plan.job.reconstruct:
-            first = results.done == 0
-            dense = (
-                stream.beside(run.path / "hidden" / "dense")
-                if first
-                else stream_at(run, host, results, tokens, plan.job, progress, dense=True)
-            )
+            if results.done:
+                dense = stream_at(run, host, results, tokens, plan.job, progress, dense=True)
+            else:
+                dense = stream.beside(run.path / "hidden" / "dense")
         prune_blocks(host, plan.job, stream, results, progress, dense)
         for passed in (stream, dense):
             if passed:
