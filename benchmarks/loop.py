@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from secateur.models.disk_host import DiskHost
 from secateur.models.gguf import as_checkpoint
-from secateur.models.hosts import DiskHost
 from secateur.models.source import load_tokenizer, locate, open_checkpoint
 from secateur.pipeline.calibration import calibration_tokens
 from secateur.pipeline.disk_run import DiskRun

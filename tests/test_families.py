@@ -16,7 +16,8 @@ import torch
 import secateur
 from families import FAMILIES
 from secateur.errors import ModelError
-from secateur.models.hosts import DiskHost, block_matrices
+from secateur.models.disk_host import DiskHost
+from secateur.models.hosts import block_matrices
 from secateur.models.matrices import unreadable
 from secateur.models.source import open_checkpoint
 from secateur.pipeline.stream import Stream

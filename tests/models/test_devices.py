@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import secateur
 from families import FAMILIES
 from secateur.errors import ModelError
-from secateur.models.hosts import DiskHost
+from secateur.models.disk_host import DiskHost
 from secateur.models.source import open_checkpoint
 from tiny import bytes_of, rows, save_tiny, tensors_of, tiny_model
 

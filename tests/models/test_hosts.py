@@ -6,7 +6,9 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.errors import NumericsError
-from secateur.models.hosts import DiskHost, LiveHost, block_matrices
+from secateur.models.disk_host import DiskHost
+from secateur.models.hosts import block_matrices
+from secateur.models.live_host import LiveHost
 from secateur.models.source import open_checkpoint
 from secateur.pruning import SUMSQ, Method
 from tiny import DTYPES, FAMILIES, bytes_of, rows, save_tiny, tensors_of, tiny_model

@@ -252,7 +252,6 @@ def test_a_mixture_of_experts(tmp_path, name):
         ({"allocation": "lineal"}, "did you mean linear"),
         ({"allocation": "owl", "sparsity": 0.96}, r"allocation owl.*0\.96"),
         ({"allocation": "alpha", "pattern": "1:4"}, "pattern 1:4.*use 2:4"),
-        ({"allocation": "alpha", "include": r"layers\.1\."}, "allocation alpha: only one block"),
     ],
 )
 def test_what_cannot_be_allocated(options, said):
@@ -266,6 +265,13 @@ def test_inputs_that_are_never_seen(monkeypatch, name):
     monkeypatch.setattr(allocating.Observer, "seen", lambda self, matrix: False)
     with pytest.raises(OptionError, match=r"no input.*alpha"):
         plan_of(tiny_model("llama"), allocation=name)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.6}, {"pattern": "2:4"}])
+def test_one_block_alone_has_the_target_itself(options):
+    plan = plan_of(tiny_model("llama"), allocation="linear", include=r"layers\.1\.", **options)
+    assert plan["allocation"] == {"1": options.get("sparsity", "2:4")}
+    assert plan["allocation_found"] == {"name": "linear", "mean": options.get("sparsity", 0.5)}
 
 
 def test_training_takes_rules_but_no_names():

@@ -166,12 +166,13 @@ def test_the_seed_decides():
     assert report["plan"]["reconstruct"]["seed"] == 5
 
 
-def test_too_few_tokens(tmp_path, caplog):
+@pytest.mark.parametrize("allocation", ["uniform", "alpha"])
+def test_too_few_tokens(tmp_path, caplog, allocation):
     source = save_tiny(tmp_path / "source", "llama")
-    secateur.prune(source, tmp_path / "plain", **OPTIONS)
-    few = {"method": "magnitude", "calibration": ROWS[:14]}
+    secateur.prune(source, tmp_path / "plain", allocation=allocation, **OPTIONS)
+    few = {"method": "magnitude", "calibration": ROWS[:14], "allocation": allocation}
     report = secateur.prune(source, tmp_path / "out", reconstruct=HOW, **few).report
-    assert "14 sequences of 16 tokens are too few, it needs 16" in caplog.text
+    assert caplog.text.count("14 sequences of 16 tokens are too few, it needs 16") == 1
     assert report["plan"]["reconstruct"] is None
     plain, out = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
     assert all(torch.equal(plain[name], out[name]) for name in plain)

@@ -8,7 +8,8 @@ import secateur
 from families import FAMILIES as EVERY
 from secateur.errors import DataError, NumericsError, OptionError
 from secateur.models.checkpoint import Checkpoint
-from secateur.models.hosts import DiskHost, LiveHost
+from secateur.models.disk_host import DiskHost
+from secateur.models.live_host import LiveHost
 from secateur.pipeline import self_text
 from secateur.pipeline.calibration import evaluation_windows
 from secateur.pipeline.self_text import draw, self_generated

@@ -20,7 +20,7 @@ from ..evaluation.questions import Questions, answer, read_windows
 from ..evaluation.speed import Measurement, measure_speed
 from ..evaluation.tasks import TaskOptions
 from ..models.gguf import as_checkpoint
-from ..models.hosts import LiveHost
+from ..models.live_host import LiveHost
 from ..models.source import load_tokenizer, locate
 from ..pipeline.calibration import evaluation_windows
 from ..pipeline.machine import choose_device

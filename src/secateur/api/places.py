@@ -15,8 +15,8 @@ from ..errors import OutputError
 from ..evaluation.fidelity import Reading
 from ..evaluation.perplexity import perplexity
 from ..evaluation.records import record_evaluation
+from ..models.disk_host import DiskHost
 from ..models.gguf import as_checkpoint
-from ..models.hosts import DiskHost
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..pipeline.calibration import usual_windows
 from ..pipeline.files import write_text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models.hosts import DiskHost, block_matrices
+from ..models.disk_host import DiskHost
+from ..models.hosts import block_matrices
 from ..models.shards import PackedInfo, read_parts
 from ..progress import Progress
 from ..pruning import detect_pattern

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..models.hosts import DiskHost
+from ..models.disk_host import DiskHost
 from ..models.source import load_tokenizer
 from ..pipeline.calibration import Tokens, evaluation_windows
 from ..progress import Progress

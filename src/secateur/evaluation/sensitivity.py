@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ..models.checkpoint import Checkpoint
-from ..models.hosts import DiskHost, block_matrices
+from ..models.disk_host import DiskHost
+from ..models.hosts import block_matrices
 from ..models.matrices import Matrix
 from ..pipeline.calibration import Tokens
 from ..pipeline.stream import Stream

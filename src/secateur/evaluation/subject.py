@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import ResumeError, SecateurError
+from ..models.disk_host import DiskHost
 from ..models.gguf import as_checkpoint
-from ..models.hosts import DiskHost
 from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..pipeline.calibration import Tokens, evaluation_windows, usual_windows

@@ -20,6 +20,7 @@ from .calibration import Tokens
 from .masked import MaskedReader
 from .observation import Observer, at_once
 from .plan import Plan, Request, make_plan
+from .reconstruct import with_enough_tokens
 from .rules import allocation_name
 from .run_directory import RunDirectory, differences, report_of
 from .stream import Stream
@@ -60,6 +61,8 @@ def with_allocation(
     name = allocation_name(request.allocation)
     if name is None:
         return request
+    enough = with_enough_tokens(request.reconstruction, tokens.rows if tokens else ())
+    request = replace(request, reconstruct=enough or False)  # plans are made twice, and this is said once
     plan = make_plan(replace(request, allocation="uniform"), host, model, tokens)
     for former in known:
         if _same_but_allocation(former, plan.record, name):
@@ -99,12 +102,9 @@ class _Finder:
         self.weights = [sum(m.weights for m in plan.matrices if m.block == index) for index in self.blocks]
 
     def find(self, name: str) -> tuple[dict[str, Rule], dict[str, Any]]:
-        """Return the rules, and how they were found."""
-        if len(self.blocks) < 2:
-            raise OptionError(
-                f"allocation {name}: only one block is to be pruned, so all is uniform: --allocation uniform"
-            )
-        rules, found = {"linear": self._linear, "owl": self._owl, "alpha": self._alpha}[name]()
+        """Return the rules, and how they were found; one block alone can only have the target itself."""
+        finders = {"linear": self._linear, "owl": self._owl, "alpha": self._alpha}
+        rules, found = finders[name]() if len(self.blocks) > 1 else (self._rules([self.default.sparsity]), {})
         return rules, {"name": name, "mean": mean_sparsity(self.plan.matrices, self._targets(rules)), **found}
 
     def _rules(self, sparsities: Sequence[float]) -> dict[str, Rule]:

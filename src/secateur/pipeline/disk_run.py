@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..models.disk_host import DiskHost
 from ..models.formats import Packing, pack, unpack
-from ..models.hosts import DiskHost
 from ..models.matrices import Matrix
 from ..models.shards import read_tensor
 from .run_directory import RunDirectory

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..models.hosts import DiskHost, block_matrices
+from ..models.disk_host import DiskHost
+from ..models.hosts import block_matrices
 from ..models.matrices import Matrix
 from ..pruning import GRAM
 from .calibration import Tokens

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, OutputError, SecateurError, unwritable
 from ..models.checkpoint import QUANT_METHOD
-from ..models.hosts import LiveHost
+from ..models.live_host import LiveHost
 from ..models.matrices import Matrix
 from ..models.source import load_tokenizer, quiet_transformers
 from ..progress import Progress

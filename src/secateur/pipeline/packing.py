@@ -11,8 +11,9 @@ import torch
 
 from ..errors import ModelError, OptionError
 from ..models.checkpoint import Checkpoint
+from ..models.disk_host import DiskHost
 from ..models.gguf import as_checkpoint
-from ..models.hosts import DiskHost, block_matrices
+from ..models.hosts import block_matrices
 from ..models.shards import PackedInfo, digest
 from ..models.source import locate, open_checkpoint
 from ..progress import Progress

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..models.hosts import DiskHost, LiveHost, resident
+from ..models.disk_host import DiskHost
+from ..models.live_host import LiveHost, resident
 from ..models.source import load_model
 from ..progress import Progress
 from .calibration import DEFAULT_SAMPLES, Tokens, calibration_tokens, check_draw, choose_seqlen

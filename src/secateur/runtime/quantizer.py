@@ -46,7 +46,7 @@ class SecateurQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **others: Any
     ) -> PreTrainedModel:
         # Here, since this module is loaded in the midst of transformers' own import.
-        from ..models.hosts import names_in_memory, refuse_turned
+        from ..models.disk_host import names_in_memory, refuse_turned
 
         large_tensors_apart()
         config = self.quantization_config.to_dict()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..models.hosts import DiskHost, Host, block_matrices
+from ..models.disk_host import DiskHost
+from ..models.hosts import Host, block_matrices
 from ..models.matrices import Matrix
 from .roles import HEADS, NEURONS, Coupling, Geometry, find_couplings
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import NumericsError
 from ..models.checkpoint import Checkpoint
-from ..models.hosts import DiskHost
+from ..models.disk_host import DiskHost
 from ..models.shards import Info, read_header, tensor_entry, write_safetensors
 from ..pipeline.files import into_place
 from ..progress import Progress

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from ..errors import OptionError
-from ..models.hosts import DiskHost
+from ..models.disk_host import DiskHost
 from ..progress import Progress
 from .config import Config
 from .trials import Trial, Trials

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.checkpoint import Checkpoint
+from ..models.disk_host import DiskHost
 from ..models.experts import Watch, expert_keys, experts_watched
-from ..models.hosts import DiskHost
 from ..pipeline.stream import Stream
 from ..progress import Progress
 from .config import Config

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.anatomy import hidden_of
+from ..models.disk_host import DiskHost
 from ..models.experts import expert_keys
-from ..models.hosts import DiskHost, Host, block_matrices
+from ..models.hosts import Host, block_matrices
 from ..models.replay import same_output
 from ..models.source import first_line
 

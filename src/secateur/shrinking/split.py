@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..errors import ModelError, OptionError
-from ..models.hosts import DiskHost
+from ..models.disk_host import DiskHost
 from ..models.matrices import Matrix
 from ..pipeline.loop import Job, prune_matrix
 from ..pipeline.observation import Observer, at_once

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..models.checkpoint import Checkpoint
+from ..models.disk_host import DiskHost
 from ..models.gguf import as_checkpoint
-from ..models.hosts import DiskHost
 from ..models.replay import check_replay
 from ..models.shards import digest
 from ..models.source import load_tokenizer, open_checkpoint

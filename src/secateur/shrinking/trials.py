@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from ..models.anatomy import BlockCall
-from ..models.hosts import DiskHost
+from ..models.disk_host import DiskHost
 from ..pipeline.stream import micro_batches
 from ..progress import Progress
 from ..pruning.divergence import divergence

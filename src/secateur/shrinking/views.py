@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..models.checkpoint import Checkpoint
-from ..models.hosts import DiskHost
+from ..models.disk_host import DiskHost
 from ..models.shards import Info
 from ..models.source import first_line
 from ..pipeline.files import write_text

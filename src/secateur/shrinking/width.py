@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.checkpoint import Checkpoint
-from ..models.hosts import DiskHost, block_matrices
+from ..models.disk_host import DiskHost
+from ..models.hosts import block_matrices
 from ..models.matrices import Matrix
 from ..pipeline.loop import Job
 from ..progress import Progress

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, NumericsError
 from ..models.checkpoint import Checkpoint
+from ..models.disk_host import DiskHost
 from ..models.formats import Packing, pack
 from ..models.gguf import as_checkpoint
-from ..models.hosts import DiskHost
 from ..models.matrices import Matrix
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..pipeline.calibration import Tokens, training_rows

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import NumericsError, OptionError
-from ..models.hosts import LiveHost
+from ..models.live_host import LiveHost
 from ..models.matrices import Matrix, watching
 from ..pipeline.plan import Request, make_plan
 from ..pruning import SUMSQ, Method, Statistics, Target, parse_pattern

@@ -10,8 +10,8 @@ import torch
 
 from ..errors import OptionError
 from ..models.checkpoint import Checkpoint
+from ..models.disk_host import DiskHost
 from ..models.gguf import as_checkpoint
-from ..models.hosts import DiskHost
 from ..models.shards import digest
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..pipeline.calibration import Tokens, context_length

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..errors import OptionError
-from ..models.hosts import LiveHost
+from ..models.live_host import LiveHost
 from ..pipeline.calibration import Tokens
 from ..pipeline.live import LiveRun
 from ..pipeline.loop import Job, prune_blocks
