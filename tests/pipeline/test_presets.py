@@ -41,8 +41,9 @@ def test_best_allocates_from_60_percent_on(options, allocation):
     assert asked("balanced", **options)["allocation"] == "uniform"
 
 
-def test_an_update_takes_the_place_of_the_preset_s_own():
-    assert asked("best", update="swaps+pcg")["method"] == "wanda+swaps+pcg"
+def test_an_update_follows_the_method():
+    assert asked("best", method="wanda", update="pcg")["method"] == "wanda+pcg"
+    assert asked("best", update="obs")["method"] == "alps+obs"
 
 
 def test_an_unknown_preset():

@@ -7,14 +7,13 @@ from typing import Any
 from ..errors import OptionError, nearest
 from ..pruning import Method, parse_pattern, updated
 from ..pruning.allocation import MOST, Rules, check_sparsity
-from ..pruning.methods import PLUS
 from .reconstruct import Reconstruction
 
 DEFAULT_METHOD = "wanda"
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
-    "balanced": {"method": "wanda+pcg"},
-    "best": {"method": "wanda+pcg", "reconstruct": True},
+    "balanced": {"method": "alps"},
+    "best": {"method": "alps", "reconstruct": True},
 }
 MUCH = 0.6  # sparsity from which `best` allocates: below, no allocation helps
 BEST_ALLOCATION = "linear"
@@ -41,8 +40,6 @@ def chosen(
     if preset == "best" and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
         free = not pattern or parse_pattern(pattern).fixed_sparsity is None
         wished["allocation"] = BEST_ALLOCATION if free else "uniform"
-    if update is not None:  # in place of the preset's own stages
-        wished["method"] = PLUS.split(wished["method"])[0]
     given = {"method": method, "reconstruct": reconstruct, "allocation": allocation}
     wished |= {name: value for name, value in given.items() if value is not None}
     return {**wished, "method": updated(wished["method"], update), "preset": preset}
