@@ -315,7 +315,7 @@ def test_an_expert_that_no_token_reaches_is_pruned_by_all(propagate, include):
     ((hidden, index), (more, _)) = routing(model, batches_of(ROWS))[path]
     assert not (index == 2).any()
     everything = torch.cat([hidden, more])
-    report = secateur.prune(model, calibration=ROWS, include=include, propagate=propagate).report
+    report = secateur.prune(model, calibration=ROWS, method="wanda", include=include, propagate=propagate).report
     records = {r["name"]: r for r in report["matrices"]}
     assert len(records) == (8 if include == "experts" else 4)
     found, former = every_matrix(model), every_matrix(dense)

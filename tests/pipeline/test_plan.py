@@ -251,7 +251,7 @@ def test_the_plan_records_what_a_rerun_needs(tmp_path, model_directory):
     assert plan["model"]["name"] == str(source) and len(plan["model"]["digest"]) == 64
     expected = {"source": "the given tensor", "samples": 4, "seqlen": 10, "tokens": 40}
     assert expected.items() <= plan["calibration"].items()
-    expected = {"method": "wanda", "pattern": "row", "sparsity": 0.5, "allocation": "uniform", "propagate": "block"}
+    expected = {"method": "wanda+pcg", "pattern": "row", "sparsity": 0.5, "allocation": "uniform", "propagate": "block"}
     assert expected.items() <= plan.items()
     assert (plan["include"], plan["exclude"], plan["dtype"], plan["device"]) == (["mlp"], [], "auto", "cpu")
     assert plan["threads"] == 1 and plan["software"]["secateur"] == secateur.__version__
@@ -283,6 +283,17 @@ def test_the_disk_that_is_estimated_is_enough(tmp_path, model_directory, source,
     size = {"float32": 4, "bfloat16": 2}[source if dtype == "auto" else dtype]
     hidden = 2 * given.numel() * 32 * 4
     assert plan["estimate"]["disk_bytes"] >= report["bytes"]["output"] + report["weights"] * size + hidden
+
+
+def test_the_time_that_is_estimated_grows_with_the_solves(tmp_path, model_directory, monkeypatch):
+    monkeypatch.setattr(secateur.pipeline.estimate, "_operations_per_second", lambda: 1e9)
+
+    def seconds(method):
+        asked = {"calibration": rows(2, 8), "method": method, "dry_run": True}
+        return secateur.prune(model_directory("llama"), tmp_path / "out", **asked).report["estimate"]["seconds"]
+
+    found = [seconds(method) for method in ("wanda", "sparsegpt", "wanda+pcg", "alps", "wanda+swaps+pcg")]
+    assert found == sorted(set(found))
 
 
 def test_a_full_disk_is_seen_before_the_work(tmp_path, model_directory, monkeypatch):

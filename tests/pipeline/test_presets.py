@@ -16,7 +16,7 @@ def asked(preset, **options):
 
 
 def test_without_a_preset():
-    assert asked(None) == {"method": "wanda", "reconstruct": False, "allocation": "uniform", "preset": None}
+    assert asked(None) == {"method": "wanda+pcg", "reconstruct": False, "allocation": "uniform", "preset": None}
     assert asked(None, method="ria", update="pcg")["method"] == "ria+pcg"
 
 
@@ -43,7 +43,12 @@ def test_best_allocates_from_60_percent_on(options, allocation):
 
 def test_an_update_follows_the_method():
     assert asked("best", method="wanda", update="pcg")["method"] == "wanda+pcg"
+    assert asked("best", method="wanda+swaps", update="obs")["method"] == "wanda+swaps+obs"
+
+
+def test_an_update_stands_in_place_of_the_presets_own():
     assert asked("best", update="obs")["method"] == "alps+obs"
+    assert asked("fast", update="swaps+pcg")["method"] == asked(None, update="swaps+pcg")["method"] == "wanda+swaps+pcg"
 
 
 def test_an_unknown_preset():

@@ -98,7 +98,7 @@ def test_an_error_in_a_later_block_leaves_what_can_be_used(model, out):
 # Going on with other options.
 
 CHANGES = {
-    "method": ({"method": "ria", "pattern": "row"}, ["method", "'wanda'", "'ria'"]),
+    "method": ({"method": "ria", "pattern": "row"}, ["method", "'wanda+pcg'", "'ria'"]),
     "sparsity": ({"sparsity": 0.25}, ["sparsity", "0.5", "0.25"]),
     "pattern": ({"pattern": "matrix"}, ["pattern", "'row'", "'matrix'"]),
     "propagate": ({"propagate": "dense"}, ["propagate", "'block'", "'dense'"]),

@@ -151,7 +151,7 @@ def test_dense_propagation_is_one_shot_for_every_block():
     """Every block is pruned by what the unpruned model feeds it; no output error is known then."""
     ours, plain, ids = tiny_model("llama"), tiny_model("llama"), rows(6, 24)
     inputs = inputs_of(plain, [ids])
-    result = secateur.prune(ours, calibration=ids, propagate="dense")
+    result = secateur.prune(ours, calibration=ids, propagate="dense", method="wanda")
     for name, x in inputs.items():
         module = plain.get_submodule(name)
         W, _ = METHODS["wanda"](module.weight.data, Statistics.of(x, {SUMSQ}), 0.5, parse_pattern("row"))
@@ -168,7 +168,7 @@ def test_output_error_of_a_matrix():
         x, name = inputs[row["name"]], row["name"] + ".weight"
         dense, new = x @ former[name].T, x @ model.state_dict()[name].T
         assert row["output_error"] == pytest.approx(float((dense - new).norm() / dense.norm()), rel=1e-2)
-    report = secateur.prune(tiny_model("llama"), calibration=ids).report
+    report = secateur.prune(tiny_model("llama"), calibration=ids, method="wanda").report
     assert {row["output_error"] for row in report["matrices"]} == {None}
 
 

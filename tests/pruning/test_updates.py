@@ -381,7 +381,12 @@ def test_a_request_checks_the_stages():
 
 def test_update_of_prune_is_the_same_as_more_text():
     results = []
-    for options in ({"method": "wanda+pcg"}, {"update": "pcg"}, {"method": METHODS["wanda"], "update": "pcg"}, {}):
+    for options in (
+        {"method": "wanda+pcg"},
+        {"update": "pcg"},
+        {"method": METHODS["wanda"], "update": "pcg"},
+        {"method": "wanda"},
+    ):
         model = tiny_model("llama")
         report = secateur.prune(model, calibration=torch.arange(96).reshape(4, 24) % 64, **options).report
         results.append((report["plan"]["method"], model.model.layers[0].mlp.down_proj.weight))

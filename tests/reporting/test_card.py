@@ -38,7 +38,7 @@ EVALUATION = {
     "perplexity": 20.0,
 }  # fmt: skip
 PLAN = {
-    "model": {"name": "org/Model-1B", "digest": "d"}, "method": "wanda", "pattern": "row", "sparsity": 0.5,
+    "model": {"name": "org/Model-1B", "digest": "d"}, "method": "wanda+pcg", "pattern": "row", "sparsity": 0.5,
     "calibration": {"source": "c4", "samples": 128, "seqlen": 2048, "tokens": 262144, "seed": 0, "digest": "x"},
     "allocation": "uniform", "propagate": "block", "include": [], "exclude": [], "format": "dense", "values": None,
     "dtype": "auto", "device": "cpu", "threads": 2, "micro_batch_tokens": 4096, "evaluate": None, "software": SOFTWARE,
@@ -119,7 +119,7 @@ tags:
 - wanda
 ---
 
-# Model-1B, pruned with Wanda to 50%
+# Model-1B, pruned with Wanda + PCG (ALPS) to 50%
 
 This is [`org/Model-1B`](https://huggingface.co/org/Model-1B), with 50.0% of the weights in its decoder's linear \
 layers set to zero, in one shot after training and without retraining. Embeddings, output head, norms and biases were \
@@ -129,7 +129,9 @@ not pruned.
 | :-- | :-- |
 | Base model | [`org/Model-1B`](https://huggingface.co/org/Model-1B) |
 | Method | Wanda: Mingjie Sun, Zhuang Liu, Anna Bair, J. Zico Kolter, *[A Simple and Effective Pruning Approach for \
-Large Language Models](https://arxiv.org/abs/2306.11695)*, ICLR 2024 |
+Large Language Models](https://arxiv.org/abs/2306.11695)*, ICLR 2024. Then PCG (ALPS): Xiang Meng, Kayhan Behdin, \
+Haoyue Wang, Rahul Mazumder, *[ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language \
+Models](https://arxiv.org/abs/2406.07831)*, NeurIPS 2024 |
 | Sparsity | 50.00%: 1,000,000 of 2,000,000 weights are zero |
 | Pattern | `row`, the same sparsity in every output row |
 | Pruned | 14 matrices |
@@ -186,7 +188,7 @@ def test_a_packed_model_says_so(directory):
     card = model_card(directory(packed(values="int8", format="nm")), SOURCE)
     assert metadata(card)["base_model"] == "org/base"  # /tmp/pruned is nobody else's, so what its own card names
     assert "| Base model | `org/Model-1B` |" in card  # named, and not linked: who knows what it was in that place
-    assert "\n# Model-1B, pruned with Wanda to 50%, packed\n" in card
+    assert "\n# Model-1B, pruned with Wanda + PCG (ALPS) to 50%, packed\n" in card
     assert "It is packed: of 14 matrices only the nonzero values are stored, rounded to 8 bits." in card
     assert (
         "| Packed | as `nm`, 14 packed: 0.5650 of their dense bytes, 0.5625 predicted, values rounded to 8 bits |\n"
@@ -320,11 +322,11 @@ def test_a_method_of_ones_own(directory):
 def test_stages_allocation_reconstruction_and_preset_are_told_and_cited(directory, refined):
     card = model_card(directory(refined), None)
     rows = dict(line[2:-2].split(" | ", 1) for line in card.splitlines() if line.startswith("| "))
-    assert "# tiny, pruned with Wanda + SparseSwaps + conjugate gradients of ALPS to 50%" in card
+    assert "# tiny, pruned with Wanda + SparseSwaps + PCG (ALPS) to 50%" in card
     assert "; then the kept weights, norms and biases of each block were trained" in card and "without re" not in card
     links = [paper.link for paper in (PAPERS["wanda"], STAGE_PAPERS["swaps"], STAGE_PAPERS["pcg"])]
     assert [link for link in re.findall(r"\((http[^)]*)\)", rows["Method"])] == links
-    assert rows["Method"].endswith(", NeurIPS 2024. Options: `iterations=5`") and ", 2025. Then conj" in rows["Method"]
+    assert rows["Method"].endswith(", NeurIPS 2024. Options: `iterations=5`") and ", 2025. Then PCG" in rows["Method"]
     assert rows["Preset"] == "`best`"
     assert rows["Allocation"].startswith(
         "linear, mean sparsity 50.00%; of 3 slopes, 0.1 changes predictions least. ATP: Weizhong Huang"
@@ -339,8 +341,8 @@ def test_stages_allocation_reconstruction_and_preset_are_told_and_cited(director
 
 def test_a_method_of_ones_own_may_be_followed_by_stages(directory):
     card = model_card(directory(planned(method="mine:a=1+pcg")), None)
-    assert "pruned with `mine:a=1` + conjugate gradients of ALPS to 50%" in card
-    assert "| Method | `mine:a=1`, a method of its user's own. Then conjugate gradients of ALPS: Xiang Meng" in card
+    assert "pruned with `mine:a=1` + PCG (ALPS) to 50%" in card
+    assert "| Method | `mine:a=1`, a method of its user's own. Then PCG (ALPS): Xiang Meng" in card
 
 
 def test_what_stayed_dense_is_told(directory):
@@ -517,7 +519,7 @@ def test_hostile_names_stay_text(directory, text, pack):
     assert kinds.count("fence") == 3 and "bullet_list_open" not in kinds
     inner = [child for token in tokens for child in token.children or []]
     links = {child.attrs["href"] for child in inner if child.type == "link_open"}
-    assert links == {PAPERS["wanda"].link}
+    assert links == {PAPERS["wanda"].link, STAGE_PAPERS["pcg"].link}
     assert {"html_inline", "image", "s_open", "strong_open"}.isdisjoint(child.type for child in inner)
     command = next(t.content for t in tokens if t.type == "fence" and t.content.startswith("secateur"))
     assert command.count("\n") == 1 + pack
@@ -621,7 +623,7 @@ def test_a_real_run(model_directory, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT * 10)
     options = {"calibration": str(text), "samples": 4, "seqlen": 16, "pattern": "2:4", "evaluate": str(text)}
-    options |= {"method": "wanda", "update": "pcg"}
+    options |= {"method": "wanda", "update": "swaps"}
     secateur.prune(model_directory("llama"), out, **options)
     found = secateur.evaluate(out, text=str(text), seqlen=16, windows=3)
     card = model_card(out, None)
@@ -634,6 +636,6 @@ def test_a_real_run(model_directory, tmp_path):
     assert "tokenizer = AutoTokenizer.from_pretrained(name)" in card
     command = next(line for line in card.splitlines() if line.startswith("secateur prune"))
     assert shlex.split(command)[3:] == [
-        "OUTPUT", "--method", "wanda+pcg", "--pattern", "2:4", "--calibration", "text.txt", "--samples", "4",
+        "OUTPUT", "--method", "wanda+swaps", "--pattern", "2:4", "--calibration", "text.txt", "--samples", "4",
         "--seqlen", "16", "--evaluate", str(text),
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from ..models.source import load_tokenizer, open_checkpoint
 from ..pipeline.calibration import evaluation_windows
 from ..pipeline.files import write_text
 from ..pipeline.plan import Request
+from ..pipeline.presets import DEFAULT_METHOD
 from ..pipeline.prune import prune_checkpoint
 from ..progress import Progress
 from ..pruning import parse_pattern
@@ -27,7 +28,7 @@ from .places import DEFAULT_TEXT, opened, output_path
 def sensitivity(
     model: str | Path,
     *,
-    method: str = "wanda",
+    method: str = DEFAULT_METHOD,
     sparsity: float | None = None,
     pattern: str | None = None,
     calibration: Any = "c4",

@@ -19,6 +19,7 @@ from ..pipeline.files import write_text
 from ..pipeline.machine import processor, software
 from ..pipeline.machine import threads as using_threads
 from ..pipeline.plan import Request
+from ..pipeline.presets import DEFAULT_METHOD
 from ..progress import Progress
 from ..reporting.markdown.comparison import comparison_markdown
 from ..reporting.terminal.progress import terminal_progress
@@ -31,7 +32,7 @@ COMPARISON, MARKDOWN = "comparison.json", "comparison.md"
 def compare(
     models: str | Path | Sequence[str | Path],
     *,
-    methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt"),
+    methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt", DEFAULT_METHOD),
     sparsities: Sequence[float] = (DEFAULT_SPARSITY,),
     patterns: Sequence[str] = (OWN,),
     calibration: str | Sequence[str] = "c4",

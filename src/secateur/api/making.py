@@ -86,11 +86,11 @@ def prune(
         output: directory of the new checkpoint.
         preset: ``fast``, ``balanced`` or ``best``: the method, reconstruction and allocation for so much patience; what
             is given besides wins.
-        method: ``magnitude``, ``wanda`` (the default), ``ria``, ``sparsegpt``, ``alps`` with options
-            (``sparsegpt:damping=0.02``) and what follows it (``wanda+swaps+pcg:iterations=40``), or a `Method` of your
-            own.
+        method: ``magnitude``, ``wanda``, ``ria``, ``sparsegpt``, ``alps`` with options (``sparsegpt:damping=0.02``) and
+            what follows it (``wanda+swaps+pcg:iterations=40``), or a `Method` of your own; None is the preset's, and
+            without one ``wanda+pcg``.
         update: what follows the method: ``pcg`` or ``obs`` solve for the weights that are kept, ``swaps`` improves the
-            mask; the same as ``+pcg`` after the method.
+            mask; the same as ``+pcg`` after the method, or in place of what follows the preset's.
         sparsity: fraction of weights removed, in [0, 1); None is 0.5, or what an N:M pattern implies.
         pattern: ``row``, ``matrix``, ``N:M`` (keep N of M), ``block:RxC``; None is the method's own.
         calibration: a SOURCE, strings, token ids [samples, seqlen], records, or a tokenizer's batch; ``self`` is text

@@ -42,7 +42,7 @@ def prune(
         str | None,
         typer.Option(
             help="magnitude, wanda, ria, sparsegpt or alps; options follow colons: alps:damping=0.02",
-            show_default="wanda",
+            show_default="wanda+pcg",
         ),
     ] = None,
     update: Annotated[

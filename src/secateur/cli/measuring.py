@@ -73,7 +73,7 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(metavar="NAME,NAME", help="Methods, with :OPTION=VALUE if need be; shrink removes whole parts."),
-    ] = "magnitude,wanda,sparsegpt",
+    ] = "magnitude,wanda,sparsegpt,wanda+pcg",
     sparsities: Annotated[str, typer.Option(metavar="S,S", help="Fractions removed; N:M has its own.")] = "0.5",
     patterns: Annotated[str, typer.Option(metavar="P,P", help="own (each method's own), row, 2:4, …")] = "own",
     calibration: Annotated[str, typer.Option(metavar="SOURCE,SOURCE", help=f"Texts: {CALIBRATION}.")] = "c4",
@@ -188,7 +188,7 @@ def bench(
 @app.command()
 def sensitivity(
     model: Model,
-    method: Annotated[str, typer.Option(help="As in prune.")] = "wanda",
+    method: Annotated[str, typer.Option(help="As in prune.")] = "wanda+pcg",
     sparsity: Annotated[
         float | None,
         typer.Option(

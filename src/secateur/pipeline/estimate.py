@@ -12,6 +12,7 @@ from ..models.disk_host import DiskHost
 from ..models.hosts import block_matrices
 from ..models.matrices import Matrix
 from ..pruning import GRAM
+from ..pruning.methods import parts_of
 from .calibration import Tokens
 from .observation import fits, paused_bytes
 from .plan import Plan
@@ -21,9 +22,9 @@ from .stream import MICRO_BATCH_TOKENS
 # Attention, norms and the rest, as a share of the time in matrix products (SmolLM2, 512 tokens: 1.4).
 OVERHEAD = 1.4
 FORWARDS_OF_A_STEP = 3  # forward, and backward to weights and inputs
-COPIES = (
-    6  # of a block's weights, beside those of any run, while it is reconstructed: gradients, two of Adam, first, best
-)
+COPIES = 6  # of a block's weights, beside any run's, to reconstruct it: gradients, two of Adam, first, best
+# Time of a method or stage in products of a matrix with its Gram matrix (SmolLM2, 50 %; `swaps` takes more under N:M).
+PRODUCTS = {"sparsegpt": 15, "obs": 15, "pcg": 30, "swaps": 120, "alps": 120}
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers
 
 
@@ -46,8 +47,9 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
         operations += 2 * count * used * passes * OVERHEAD
     if gram:
         distinct = [sum(c * c for c in {matrix.shape[1] for matrix in block}) for block in blocks]
-        solves = sum(2 * matrix.weights * matrix.shape[1] for block in blocks for matrix in block)
-        operations += count * sum(distinct) + solves
+        product = sum(2 * matrix.weights * matrix.shape[1] for block in blocks for matrix in block)
+        products = sum(PRODUCTS.get(name, 0) for name, _ in parts_of(plan.record["method"])) or 1  # 1: a user's own
+        operations += count * sum(distinct) + products * product
     floats = [i for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
     itemsize = host.dtype.itemsize if host.dtype else max((i.dtype.itemsize for i in floats), default=2)
     output = checkpoint.bytes + sum(i.weights * max(0, itemsize - i.dtype.itemsize) for i in floats)

@@ -7,11 +7,12 @@ from typing import Any
 from ..errors import OptionError, nearest
 from ..pruning import Method, parse_pattern, updated
 from ..pruning.allocation import MOST, Rules, check_sparsity
+from ..pruning.methods import parts_of
 from .reconstruct import Reconstruction
 
-DEFAULT_METHOD = "wanda"
+DEFAULT_METHOD = "wanda+pcg"
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "wanda"},
+    "fast": {"method": DEFAULT_METHOD},
     "balanced": {"method": "alps"},
     "best": {"method": "alps", "reconstruct": True},
 }
@@ -40,6 +41,8 @@ def chosen(
     if preset == "best" and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
         free = not pattern or parse_pattern(pattern).fixed_sparsity is None
         wished["allocation"] = BEST_ALLOCATION if free else "uniform"
+    if update is not None:
+        wished["method"] = parts_of(wished["method"])[0][0]  # the stages asked for stand in place of its own
     given = {"method": method, "reconstruct": reconstruct, "allocation": allocation}
     wished |= {name: value for name, value in given.items() if value is not None}
     return {**wished, "method": updated(wished["method"], update), "preset": preset}

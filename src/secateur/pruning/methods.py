@@ -144,6 +144,16 @@ def parse_method(text: str) -> Method:
     return _followed(method, stages) if stages else method
 
 
+def parts_of(method: str) -> list[tuple[str, str]]:
+    """Return the name of a method and of the stages that follow it, each with its options as text.
+
+    >>> parts_of("wanda+swaps+pcg:iterations=20")
+    [('wanda', ''), ('swaps', ''), ('pcg', 'iterations=20')]
+    """
+    parts = (part.partition(":") for part in PLUS.split(method))
+    return [(name, options) for name, _, options in parts]
+
+
 def updated(method: str | Method, update: str | None) -> str | Method:
     """Return a method with more stages, as text if it is text: ``pcg``, ``swaps+pcg:iterations=20``.
 

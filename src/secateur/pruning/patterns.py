@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..errors import OptionError, nearest
 
+FEW = 16  # scores of a row, up to which comparing all pairs is the faster way
+
 
 class Pattern(Protocol):
     """Where zeros may lie. ``str(pattern)`` is its spelling on the command line."""
@@ -38,7 +40,7 @@ class Pattern(Protocol):
 def lowest(score_RG: Tensor, count: int) -> Tensor:
     """Mark, in every row, the `count` lowest scores; of ties, the lower index.
 
-    Equal to a stable ascending sort, in the time of a selection.
+    Equal to a stable ascending sort, in the time of a selection; in that of comparing all pairs where they are few.
 
     >>> lowest(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 1)
     tensor([[False,  True, False, False]])
@@ -47,6 +49,8 @@ def lowest(score_RG: Tensor, count: int) -> Tensor:
         return torch.zeros_like(score_RG, dtype=torch.bool)
     if count >= score_RG.shape[1]:
         return torch.ones_like(score_RG, dtype=torch.bool)
+    if score_RG.shape[1] <= FEW:
+        return _ranks(score_RG) < count
     threshold_R1 = score_RG.kthvalue(count, dim=1, keepdim=True).values
     marked = score_RG < threshold_R1
     tied = score_RG == threshold_R1
@@ -54,6 +58,17 @@ def lowest(score_RG: Tensor, count: int) -> Tensor:
     if (tied.count_nonzero(1)[:, None] > wanted_R1).any():
         tied &= tied.cumsum(1) <= wanted_R1
     return marked | tied
+
+
+def _ranks(score_RG: Tensor) -> Tensor:
+    """Count, for every score, those of its row that go before it."""
+    score_GR = score_RG.T.contiguous()
+    rank_GR = torch.zeros_like(score_GR, dtype=torch.int8)
+    for i in range(1, len(score_GR)):
+        larger_GR = score_GR[:i] > score_GR[i]
+        rank_GR[:i] += larger_GR
+        rank_GR[i] += (~larger_GR).sum(0, dtype=torch.int8)
+    return rank_GR.T.contiguous()
 
 
 def _span(per_column: float, start: int, columns: int) -> int:

@@ -15,9 +15,10 @@ from ..pipeline.presets import chosen
 from ..pipeline.reconstruct import Reconstruction
 from ..pipeline.rules import ALLOCATIONS
 from ..pruning import METHODS, parse_method
+from ..pruning.methods import parts_of
 from ..shrinking.request import ShrinkRequest
 from ..training.request import TRAIN, FinetuneRequest
-from .pruned import allocation_found, parts_of
+from .pruned import allocation_found
 
 ALLOCATION = "allocation.yaml"  # stands for rules that were given in Python, or in a file of whatever name
 

@@ -6,19 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..pipeline.rules import FOUND
-from ..pruning.methods import PLUS
 
 Plan = Mapping[str, Any]
-
-
-def parts_of(method: str) -> list[tuple[str, str]]:
-    """A method and the stages that follow it, each with its options.
-
-    >>> parts_of("wanda+swaps+pcg:iterations=20")
-    [('wanda', ''), ('swaps', ''), ('pcg', 'iterations=20')]
-    """
-    parts = (part.partition(":") for part in PLUS.split(method))
-    return [(name, options) for name, _, options in parts]
 
 
 def allocation_found(plan: Plan) -> Mapping[str, Any] | None:

@@ -11,7 +11,7 @@ import yaml
 
 from ...models.source import SMOLLM2
 from ...pruning import METHODS
-from ..pruned import parts_of
+from ...pruning.methods import parts_of
 from ..removed import is_shrunk
 from ..trained import is_trained, story, value_format
 from .text import plain

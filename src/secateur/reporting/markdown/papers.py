@@ -45,8 +45,8 @@ PAPERS = {
 
 # What follows a method.
 STAGE_PAPERS = {
-    "pcg": PAPERS["alps"]._replace(name="conjugate gradients of ALPS"),
-    "obs": PAPERS["sparsegpt"]._replace(name="weight update of SparseGPT"),
+    "pcg": PAPERS["alps"]._replace(name="PCG (ALPS)"),
+    "obs": PAPERS["sparsegpt"]._replace(name="update (SparseGPT)"),
     "swaps": Paper(
         "SparseSwaps", "Max Zimmer, Christophe Roux, Moritz Wagner, Deborah Hendrych, Sebastian Pokutta",
         "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale",

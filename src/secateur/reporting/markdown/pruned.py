@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..pruned import allocation_found, found_words, mean_errors, parts_of, reconstruction_words
+from ...pruning.methods import parts_of
+from ..pruned import allocation_found, found_words, mean_errors, reconstruction_words
 from ..words import duration, size
 from .papers import ALLOCATION_PAPERS, EBFT, PAPERS, STAGE_PAPERS, Paper, cited
 from .text import calibrated_on, markdown_code, markdown_text

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...pruning import METHODS
-from ..pruned import parts_of
+from ...pruning.methods import parts_of
 from ..removed import is_shrunk, removed_share
 from ..trained import (
     command_of,

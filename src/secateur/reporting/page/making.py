@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ...pruning.methods import parts_of
 from ..commands import making_command, rules_of
-from ..pruned import allocation_found, found_words, mean_errors, parts_of, reconstruction_words
+from ..pruned import allocation_found, found_words, mean_errors, reconstruction_words
 from ..trained import DID, command_of, story
 from . import speed
 from .parts import Section
