@@ -1,6 +1,7 @@
 """ALPS against a transcription of its algorithm, against other methods, and against every mask there is."""
 
 import math
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -10,6 +11,8 @@ from secateur.errors import NumericsError, OptionError
 from secateur.pruning import METHODS, NM, Block, Matrix, Row, Statistics, alps, parse_method, parse_pattern
 
 from .test_reference import damped, keep_largest, least_squares, output_error, problem
+
+plain = partial(alps, alike=0)  # the Gram matrix as it is, as in the paper
 
 
 def alps_paper(W_OI, G_II, sparsity, pattern, most=300, rho=0.1, damping=0.01):
@@ -66,10 +69,10 @@ def test_alps_is_the_authors_algorithm(shape, pattern, sparsity):
     statistics, pattern = Statistics.of(x), parse_pattern(pattern)
     want, want_mask, steps = alps_paper(W, statistics.gram_II, sparsity, pattern)
     assert 6 < steps < 300
-    got, mask = alps(W.double(), statistics, sparsity, pattern)
+    got, mask = plain(W.double(), statistics, sparsity, pattern)
     assert torch.equal(mask, want_mask)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-    single, mask = alps(W, statistics, sparsity, pattern)
+    single, mask = plain(W, statistics, sparsity, pattern)
     assert single.dtype == torch.float32
     assert (mask != want_mask).double().mean() < 0.01
     assert output_error(W, single, statistics.gram_II) < 1.02 * output_error(W, want, statistics.gram_II)
@@ -81,10 +84,10 @@ def test_options(options):
     statistics = Statistics.of(x)
     spelt = {"most" if key == "iterations" else key: value for key, value in options.items()}
     want, want_mask, _ = alps_paper(W, statistics.gram_II, 0.5, Matrix(), **spelt)
-    got, mask = alps(W.double(), statistics, 0.5, Matrix(), **options)
+    got, mask = plain(W.double(), statistics, 0.5, Matrix(), **options)
     assert torch.equal(mask, want_mask)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-    assert not torch.equal(got, alps(W.double(), statistics, 0.5, Matrix())[0])
+    assert not torch.equal(got, plain(W.double(), statistics, 0.5, Matrix())[0])
 
 
 @pytest.mark.parametrize("rho", [50.0, 1e4])
@@ -93,7 +96,7 @@ def test_a_mask_that_rests_begins_anew_with_less_of_a_penalty(rho):
     statistics = Statistics.of(x)
     H = damped(statistics.gram_II.double())
     want, want_mask, _ = alps_paper(W, statistics.gram_II, 0.5, Matrix(), rho=rho)
-    got, mask = alps(W.double(), statistics, 0.5, Matrix(), rho=rho)
+    got, mask = plain(W.double(), statistics, 0.5, Matrix(), rho=rho)
     assert torch.equal(mask, want_mask)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
     stuck = keep_largest((W * H.diagonal().sqrt()).abs(), Matrix(), 0.5)
@@ -106,7 +109,7 @@ def test_alps_is_better_than_the_rest(shape, pattern, sparsity):
     W, x = problem(*shape)
     statistics, pattern = Statistics.of(x), parse_pattern(pattern)
     G = statistics.gram_II
-    ours = output_error(W, alps(W, statistics, sparsity, pattern)[0], G)
+    ours = output_error(W, plain(W, statistics, sparsity, pattern)[0], G)
     for other in ("sparsegpt", "sparsegpt+pcg", "magnitude+pcg:iterations=100", "wanda+pcg:iterations=100"):
         assert ours < output_error(W, parse_method(other)(W, statistics, sparsity, pattern)[0], G)
 
@@ -119,7 +122,7 @@ def test_alps_finds_the_best_of_all_masks_more_often_than_not():
         H = damped(statistics.gram_II.double())
         masks = torch.tensor([[[j in kept for j in range(8)]] for kept in combinations(range(8), 4)])
         errors = sorted(output_error(W, least_squares(W, H, mask), H) for mask in masks)
-        ours = output_error(W, alps(W, statistics, 0.5, Row())[0], H)
+        ours = output_error(W, plain(W, statistics, 0.5, Row())[0], H)
         assert errors[0] * (1 - 1e-5) <= ours < 0.5 * errors[35]
         found.append(ours <= 1.001 * errors[0])
     assert sum(found) >= 9
@@ -129,7 +132,7 @@ def test_alps_finds_the_best_of_all_masks_more_often_than_not():
 def test_dead_columns_stay_as_they_are_where_they_are_kept(pattern):
     W, x = problem(12, 40)
     x[:, ::5] = 0
-    pruned, mask = alps(W, Statistics.of(x), 0.5, parse_pattern(pattern))
+    pruned, mask = plain(W, Statistics.of(x), 0.5, parse_pattern(pattern))
     dead = torch.zeros(40, dtype=torch.bool)
     dead[::5] = True
     assert mask[:, dead].any() and not mask[:, dead].all()
@@ -138,15 +141,16 @@ def test_dead_columns_stay_as_they_are_where_they_are_kept(pattern):
 
 def test_every_row_of_tiles_and_of_n_m_is_a_projection():
     W, x = problem(24, 64)
-    tiles = alps(W, Statistics.of(x), 0.5, Block(4, 8))[1].reshape(6, 4, 8, 8).float().mean((1, 3))
+    tiles = plain(W, Statistics.of(x), 0.5, Block(4, 8))[1].reshape(6, 4, 8, 8).float().mean((1, 3))
     assert ((tiles == 0) | (tiles == 1)).all() and tiles.mean() == 0.5
-    assert (alps(W, Statistics.of(x), 0.0, NM(1, 4))[1].reshape(24, 16, 4).sum(2) == 1).all()
+    assert (plain(W, Statistics.of(x), 0.0, NM(1, 4))[1].reshape(24, 16, 4).sum(2) == 1).all()
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
         *[({"damping": value}, "damping") for value in (0.0, -1.0, math.nan, math.inf)],
+        *[({"alike": value}, "alike") for value in (-1.0, math.nan, math.inf)],
         *[({"rho": value}, "rho") for value in (0.0, -1.0, math.nan, math.inf)],
         ({"iterations": 0}, "iterations"),
     ],

@@ -1,6 +1,7 @@
 """Stages that follow a method: the solve against an exact one, swaps against all there are, and how they are named."""
 
 import math
+from functools import partial
 from importlib import import_module
 from itertools import product
 
@@ -32,7 +33,10 @@ from secateur.pruning import (
     wanda,
 )  # fmt: skip
 from secateur.pruning.swaps import swap_in_rows, sweep_groups
+from secateur.pruning.updates import shrink
 from tiny import tiny_model
+
+solve = partial(pcg, alike=0)  # on the Gram matrix as it is
 
 
 def problem(rows, columns, tokens=None, seed=0):
@@ -75,7 +79,7 @@ def start(W, statistics, pattern, sparsity=0.5):
 def test_pcg_comes_to_the_exact_solution(pattern, shape):
     W, statistics = problem(*shape)
     W, new, mask, *rest = start(W.double(), statistics, pattern)
-    got, got_mask = pcg(W, new, mask, *rest, iterations=500)
+    got, got_mask = solve(W, new, mask, *rest, iterations=500)
     assert torch.equal(got_mask, mask) and got.dtype == torch.float64
     torch.testing.assert_close(got, exact(W, mask, damped(statistics.gram_II)), rtol=1e-5, atol=1e-6)
 
@@ -84,7 +88,7 @@ def test_pcg_comes_to_the_exact_solution(pattern, shape):
 def test_pcg_damping(damping):
     W, statistics = problem(6, 40)
     W, new, mask, *rest = start(W.double(), statistics, "row")
-    got, _ = pcg(W, new, mask, *rest, iterations=500, damping=damping)
+    got, _ = solve(W, new, mask, *rest, iterations=500, damping=damping)
     torch.testing.assert_close(got, exact(W, mask, damped(statistics.gram_II, damping)), rtol=1e-4, atol=1e-5)
 
 
@@ -94,7 +98,7 @@ def test_pcg_is_as_good_as_exact_by_default(pattern):
     W, new, mask, *rest = start(W, statistics, pattern)
     H = damped(statistics.gram_II)
     best, before = error(W, exact(W, mask, H), H), error(W, new, H)
-    assert best <= error(W, pcg(W, new, mask, *rest)[0], H) < 1.0001 * best < 0.8 * before
+    assert best <= error(W, solve(W, new, mask, *rest)[0], H) < 1.0001 * best < 0.8 * before
 
 
 def test_pcg_starts_at_the_weights_so_far():
@@ -102,17 +106,17 @@ def test_pcg_starts_at_the_weights_so_far():
     W, new, mask, *rest = start(W, statistics, "row")
     H = damped(statistics.gram_II)
     solution = exact(W, mask, H).float()
-    got, _ = pcg(W, solution, mask, *rest, iterations=1)
+    got, _ = solve(W, solution, mask, *rest, iterations=1)
     torch.testing.assert_close(got, solution, rtol=1e-4, atol=1e-5)
-    assert error(W, got, H) < 0.99 * error(W, pcg(W, new, mask, *rest, iterations=1)[0], H)
+    assert error(W, got, H) < 0.99 * error(W, solve(W, new, mask, *rest, iterations=1)[0], H)
 
 
 def test_pcg_takes_steps_of_its_own_for_every_row():
     W, statistics = problem(12, 60)
     W[::2] *= 1e4
-    got = pcg(*start(W, statistics, "row"))[0]
+    got = solve(*start(W, statistics, "row"))[0]
     for i in range(12):
-        alone = pcg(*start(W[i : i + 1], statistics, "row"))[0]
+        alone = solve(*start(W[i : i + 1], statistics, "row"))[0]
         torch.testing.assert_close(got[i : i + 1], alone, rtol=1e-3, atol=1e-4 * W[i].abs().max().item())
 
 
@@ -122,7 +126,7 @@ def test_a_row_of_pcg_that_is_solved_rests_while_others_go_on():
     statistics.gram_II[:4, :4] = torch.eye(4)
     mask = torch.ones(2, 10, dtype=torch.bool)
     mask[0, 4:] = False
-    got, _ = pcg(W, torch.zeros(2, 10), mask, statistics, Matrix())
+    got, _ = solve(W, torch.zeros(2, 10), mask, statistics, Matrix())
     torch.testing.assert_close(got, W * mask, rtol=1e-4, atol=1e-4)
 
 
@@ -131,7 +135,7 @@ def test_no_row_of_pcg_ends_worse():
     H = damped(statistics.gram_II, 1e-6)
     W, new, mask, *rest = start(W, statistics, "row")
     for iterations in (1, 2, 5, 200):
-        got, _ = pcg(W, new, mask, *rest, iterations=iterations, damping=1e-6)
+        got, _ = solve(W, new, mask, *rest, iterations=iterations, damping=1e-6)
         rows = zip(W, got, new, strict=True)
         assert all(error(w[None], a[None], H) <= error(w[None], b[None], H) * (1 + 1e-4) for w, a, b in rows)
 
@@ -142,11 +146,62 @@ def test_pcg_leaves_dead_columns_and_rows_that_are_solved():
     W[2] = 0
     mask = torch.ones(6, 20, dtype=torch.bool)
     mask[1:, ::3] = False
-    got, _ = pcg(W, W * mask, mask, statistics, Matrix())
+    got, _ = solve(W, W * mask, mask, statistics, Matrix())
     torch.testing.assert_close(got[0], W[0])
     assert not got[2].any() and got.isfinite().all()
     torch.testing.assert_close(got[:, 4], W[:, 4])
     assert not torch.allclose(got[1], W[1] * mask[1], rtol=1e-3)
+
+
+# --- shrinkage
+
+
+def correlated(tokens, columns, seed):
+    """Inputs whose correlations fall by half from one column to the next, and those correlations in truth."""
+    truth = 0.5 ** (torch.arange(columns)[:, None] - torch.arange(columns)).abs().double()
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, columns, dtype=torch.float64, generator=g) @ torch.linalg.cholesky(truth).T, truth
+
+
+@pytest.mark.parametrize(("tokens", "least"), [(5, 0.5), (40, 0.2), (4000, 0.005)])
+def test_the_shrunk_correlations_are_nearer_to_the_truth(tokens, least):
+    """Than those that were measured, and than none, by a share that falls with the tokens."""
+    taken, errors = [], {share: 0.0 for share in ("estimated", 0.0, 1.0)}
+    for seed in range(20):
+        x, truth = correlated(tokens, 30, seed)
+        raw = x.T @ x / (x.square().sum(0).sqrt() * x.square().sum(0).sqrt()[:, None])
+        shrunk = shrink(raw.clone(), tokens)
+        taken.append(1 - (shrunk[0, 1] / raw[0, 1]).item())
+        torch.testing.assert_close(shrunk, raw + taken[-1] * (torch.eye(30) - raw))
+        for share in errors:
+            tried = shrunk if share == "estimated" else raw + share * (torch.eye(30) - raw)
+            errors[share] += (tried - truth).square().sum().item()
+    assert errors["estimated"] <= min(errors.values()) and least < sum(taken) / 20 < 3 * least
+
+
+def test_few_tokens_do_no_harm():
+    """On other tokens of the same kind, where the Gram matrix as it is would do more harm than leaving weights."""
+    W = torch.randn(20, 60, generator=torch.Generator().manual_seed(1))
+    seen, other = correlated(24, 60, 0)[0].float(), correlated(5000, 60, 1)[0].float()
+    W, new, mask, *rest = start(W, Statistics.of(seen), "row")
+    left, trusting, careful = (
+        error(W, found, other.T @ other) for found in (new, *(pcg(W, new, mask, *rest, alike=a)[0] for a in (0, 1)))
+    )
+    assert careful < left < trusting
+    torch.testing.assert_close(pcg(W, new, mask, *rest, alike=1e6)[0], new)
+
+
+def test_every_token_counts_once_they_are_many():
+    x, _ = correlated(100_000, 20, 0)
+    W, new, mask, *rest = start(torch.randn(8, 20), Statistics.of(x.float()), "row")
+    torch.testing.assert_close(pcg(W, new, mask, *rest)[0], solve(W, new, mask, *rest)[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("alike", [-1.0, math.nan, math.inf])
+def test_alike_out_of_range(alike):
+    W, statistics = problem(2, 4)
+    with pytest.raises(OptionError, match="pcg: alike"):
+        pcg(*start(W, statistics, "row"), alike=alike)
 
 
 # --- obs

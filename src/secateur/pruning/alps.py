@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import OptionError
 from .patterns import Pattern
 from .statistics import Statistics
-from .updates import conjugate_gradients, normalised
+from .updates import ALIKE, conjugate_gradients, normalised
 
 EVERY = 3  # iterations between two looks at the mask
 LATE, SETTLED = 30, 3e-4  # after that iteration, so small a part of the mask may still move
@@ -33,13 +33,15 @@ def alps(
     damping: float = 0.01,
     iterations: int = 300,
     rho: float = 0.1,
+    alike: float = ALIKE,
 ) -> tuple[Tensor, Tensor]:
     """Prune `W_OI` by ALPS and update what is kept.
 
     As in the authors' code: damping is a fraction of the mean diagonal (the paper: of its sum), and while the mask
     has hardly moved, rho falls to a fifth and all begins anew. Deviations: it does so too where nothing moved at all
     (the code goes on from there), any pattern is a projection, and the last mask and the start of the last solve are
-    those of D, as the paper has them (the code: of B).
+    those of D, as the paper has them (the code: of B), and correlations that so few tokens cannot tell from noise
+    count for less, as in `pcg`.
 
     Args:
         W_OI: weights [out, in], any floating dtype; not changed.
@@ -49,6 +51,7 @@ def alps(
         damping: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
         iterations: the most of ADMM; it ends when the mask rests.
         rho: the penalty to begin with.
+        alike: tokens of a text that count as one observation; 0 trusts the Gram matrix.
 
     Returns:
         The new weights [out, in] in float32 or better, and the mask [out, in].
@@ -61,7 +64,7 @@ def alps(
         raise OptionError(f"alps: iterations must be at least 1, not {iterations}")
     if not 0 < rho < math.inf:
         raise OptionError(f"alps: rho must be positive and finite, not {rho}")
-    H_II, norm_I = normalised("alps", W_OI, statistics, damping)
+    H_II, norm_I = normalised("alps", W_OI, statistics, damping, alike)
     T_OI = W_OI.detach().to(H_II.dtype) * norm_I
     D_OI, mask_OI = _admm(T_OI, H_II, sparsity, pattern, iterations, rho)
     solved_OI = conjugate_gradients(T_OI, D_OI, mask_OI, H_II, SOLVE) / norm_I

@@ -21,6 +21,7 @@ from .statistics import Statistics
 from .swaps import swaps
 
 Stage = Callable[..., tuple[Tensor, Tensor]]
+ALIKE = 8.0  # tokens; SmolLM2 with 2, 8 and 64 rows of C4: better than with 1, and never worse than Wanda alone
 TOLERANCE = 8  # roundings: a row whose residual is so small a part of its right-hand side is solved
 
 
@@ -33,11 +34,13 @@ def pcg(
     *,
     iterations: int = 20,
     damping: float = 0.01,
+    alike: float = ALIKE,
 ) -> tuple[Tensor, Tensor]:
     """Solve for the kept weights by conjugate gradients on the mask: Meng et al. 2024, algorithm 2.
 
     https://arxiv.org/abs/2406.07831. All rows at once, with step sizes of their own as in the authors' code (the
-    paper prints one for all). It starts at W', and no row ends worse than it began.
+    paper prints one for all). It starts at W', and no row ends worse than it began. Deviation: correlations that so
+    few tokens cannot tell from noise count for less (`shrink`), so that with hardly any the weights stay as they are.
 
     Args:
         W_OI: the original weights, any floating dtype; not changed.
@@ -47,6 +50,7 @@ def pcg(
         pattern: of the mask; any.
         iterations: the most steps; each is a product with the Gram matrix.
         damping: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
+        alike: tokens of a text that count as one observation (they resemble each other); 0 trusts the Gram matrix.
 
     Returns:
         The new weights [out, in] in float32 or better, and the mask [out, in].
@@ -57,7 +61,7 @@ def pcg(
     """
     if iterations < 1:
         raise OptionError(f"pcg: iterations must be at least 1, not {iterations}")
-    H_II, norm_I = normalised("pcg", W_OI, statistics, damping)
+    H_II, norm_I = normalised("pcg", W_OI, statistics, damping, alike)
     target_OI = W_OI.detach().to(H_II.dtype) * norm_I
     start_OI = new_OI.to(H_II.dtype) * norm_I * mask_OI
     solved_OI = conjugate_gradients(target_OI, start_OI, mask_OI, H_II, iterations) / norm_I
@@ -84,18 +88,39 @@ def obs(
 STAGES: dict[str, Stage] = {"pcg": pcg, "obs": obs, "swaps": swaps}
 
 
-def normalised(name: str, W_OI: Tensor, statistics: Statistics, damping: float) -> tuple[Tensor, Tensor]:
+def normalised(name: str, W_OI: Tensor, statistics: Statistics, damping: float, alike: float) -> tuple[Tensor, Tensor]:
     """Return the damped Gram matrix with a diagonal of ones, H / (n nᵀ), and n = sqrt(diag H), for `name`'s errors.
 
     In the columns so scaled, Jacobi's preconditioner is the identity. float32, or float64 for weights in float64.
     """
+    if not 0 <= alike < math.inf:
+        raise OptionError(f"{name}: alike must not be negative or infinite, not {alike}")
     if statistics.gram_II is None:
         raise OptionError(f"{name} needs the inputs' Gram matrix (Statistics.gram_II), and there is none")
     if not 0 < damping < math.inf:
         raise OptionError(f"{name}: damping must be positive and finite, not {damping}")
     H_II = next(damped(statistics.gram_II, damping, dtype=torch.promote_types(W_OI.dtype, torch.float32)))
     norm_I = H_II.diagonal().sqrt()
-    return H_II.div_(norm_I).div_(norm_I[:, None]), norm_I
+    H_II.div_(norm_I).div_(norm_I[:, None])
+    return shrink(H_II, statistics.tokens / alike) if alike and statistics.tokens else H_II, norm_I
+
+
+def shrink(H_II: Tensor, samples: float) -> Tensor:
+    """Draw correlations towards zero by the share of their squares that chance gives so few samples, in place.
+
+    The estimate of Schäfer and Strimmer 2005, https://doi.org/10.2202/1544-6115.1175, of the share that makes the
+    expected squared error least; deviation: the variance of each correlation is that of normal inputs.
+
+    Args:
+        H_II: with a diagonal of ones.
+        samples: independent observations that it was made of.
+    """
+    width = len(H_II)
+    squares = float(H_II.square().sum()) - width
+    by_chance = (width * (width - 1) + squares) / samples
+    share = by_chance / squares if by_chance < squares else 1.0
+    H_II.mul_(1 - share).diagonal().add_(share)
+    return H_II
 
 
 def conjugate_gradients(target_OI: Tensor, start_OI: Tensor, mask_OI: Tensor, H_II: Tensor, iterations: int) -> Tensor:
