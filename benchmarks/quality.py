@@ -47,8 +47,9 @@ def runs():
         for method in ("wanda", "wanda+pcg", "wanda+swaps+pcg", "sparsegpt", "alps"):
             yield "reconstruction", f"{method} + reconstruct, {goal}", {**asked, "method": method, "reconstruct": True}
         yield "text", f"best, {goal}, 256 rows", {**asked, "preset": "best", "samples": 256}
-        for samples in (2, 8, 128) if goal == "50 %" else ():
-            yield "text", f"wanda+pcg, {goal}, {samples} rows", {**asked, "method": "wanda+pcg", "samples": samples}
+        for method in ("wanda", "wanda+pcg:alike=0", "wanda+pcg", "alps:alike=0", "alps") if goal == "50 %" else ():
+            for samples in (2, 8):
+                yield "text", f"{method}, {goal}, {samples} rows", {**asked, "method": method, "samples": samples}
         for rule in ("linear", "owl", "alpha"):
             yield "allocation", f"wanda+pcg, {rule}, {goal}", {**asked, "method": "wanda+pcg", "allocation": rule}
         for seed in SEEDS.get(goal, (0,)):

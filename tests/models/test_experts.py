@@ -13,6 +13,7 @@ from families import FAMILIES
 from secateur.errors import ModelError
 from secateur.models.experts import expert_keys
 from secateur.models.matrices import matrices, watching
+from secateur.pipeline import loop
 from secateur.pruning import GRAM, SUM, SUMSQ, Method
 from tiny import Interrupts, bytes_of, rows, same_bytes, tensors_of, tiny_model
 
@@ -275,6 +276,29 @@ def test_the_sums_are_over_the_tokens_of_each_expert(kind, needs, enough):
     kept, method = recorder(needs)
     report = secateur.prune(model, method=method, calibration=ROWS, propagate="dense").report
     check_statistics(kind, dense, calls, enough, kept, report["matrices"])
+
+
+@pytest.mark.parametrize("propagate", ["block", "dense"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"])
+def test_experts_whose_gram_matrices_memory_cannot_hold_at_once_are_observed_in_turn(kind, propagate, monkeypatch):
+    """One expert at a time, in as many forwards of the block; nothing else changes, bit for bit."""
+    options = {"calibration": ROWS, "propagate": propagate, "method": "wanda+pcg"}
+    together, in_turn = moe(kind), moe(kind)
+    want = secateur.prune(together, **options).report
+    held, prune_matrix = [], loop.prune_matrix
+
+    def watched(as_written, matrix, job, observer):
+        owners = {observer.chosen[name].owner for name in observer._sums if observer.chosen[name].expert is not None}
+        held.append((matrix.expert is not None, len(owners)))
+        return prune_matrix(as_written, matrix, job, observer)
+
+    monkeypatch.setattr(loop, "prune_matrix", watched)
+    monkeypatch.setattr(loop, "room", lambda device: 4 * (32**2 + WIDTH**2))
+    got = secateur.prune(in_turn, **options).report
+    assert set(held) == {(True, 1), (False, 0)}
+    assert same_bytes(in_turn.state_dict(), together.state_dict())
+    assert got["matrices"] == want["matrices"]
+    assert [b["output_error"] for b in got["blocks"]] == [b["output_error"] for b in want["blocks"]]
 
 
 def test_after_pruned_blocks_they_are_over_what_these_give():

@@ -14,7 +14,7 @@ from ..models.matrices import Matrix
 from ..pruning import GRAM
 from ..pruning.methods import parts_of
 from .calibration import Tokens
-from .observation import fits, paused_bytes
+from .observation import fits, gram_bytes, paused_bytes, room
 from .plan import Plan
 from .reconstruct import HELD_OUT
 from .stream import MICRO_BATCH_TOKENS
@@ -62,7 +62,7 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
     hidden = 2 * count * config.hidden_size * 4
     if how:
         activations += COPIES * 4 * max(weights, default=0) + (hidden if fits(hidden, host.device) else 0)
-    sums = max((_gram_bytes(block) for block in blocks), default=0) if gram else 0
+    sums = max((_gram_bytes(block, room(host.device)) for block in blocks), default=0) if gram else 0
     return {
         "matrices": len(plan.matrices),
         "weights": sum(m.weights for m in plan.matrices),
@@ -85,10 +85,10 @@ def _share_of_tokens(matrix: Matrix, config: Any) -> float:
     return share
 
 
-def _gram_bytes(block: Sequence[Matrix]) -> int:
-    """Gram matrices of one block: of its few distinct inputs, and of every expert's own."""
-    shared = 4 * max((matrix.shape[1] for matrix in block), default=0) ** 2
-    return 4 * (shared + sum(matrix.shape[1] ** 2 for matrix in block if matrix.expert is not None))
+def _gram_bytes(block: Sequence[Matrix], most: float) -> float:
+    """Gram matrices of one block: of its few distinct inputs, and of its experts' own, at most so many at once."""
+    shared = 4 * 4 * max((matrix.shape[1] for matrix in block), default=0) ** 2
+    return shared + min(gram_bytes(matrix for matrix in block if matrix.expert is not None), most)
 
 
 def _operations_per_second() -> float:

@@ -18,7 +18,7 @@ from ..models.hosts import Host, block_matrices
 from ..models.matrices import Matrix
 from ..progress import Progress
 from ..pruning import Method, Statistics, Target
-from .observation import Observer, Ready, at_once, in_order, unseen
+from .observation import Observer, Ready, at_once, in_order, room, unseen
 from .reconstruct import Reconstruction, Writer, reconstruct_block, steps_of
 from .stream import Stream
 
@@ -161,7 +161,7 @@ def _ready(
         return unseen(observer, progress)
     if job.propagate == "sequential":
         return in_order(stream, index, block, observer, progress)
-    return at_once(stream, index, block, observer, progress)
+    return at_once(stream, index, block, observer, progress, room(stream.host.device))
 
 
 def check_left_out(names: Iterable[str], weights: Mapping[str, int], why: str) -> None:

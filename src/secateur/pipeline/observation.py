@@ -24,7 +24,7 @@ from .machine import free_memory_bytes
 from .stream import Stream
 
 ENOUGH_TOKENS = 32  # for sums; a Gram matrix needs as many as it has columns
-MEMORY_SHARE = 0.5  # of the free memory, for micro-batches that wait for each other
+MEMORY_SHARE = 0.5  # of the free memory, for micro-batches that wait for each other, and for Gram matrices of experts
 
 Seen = dict[int, tuple[Tensor, str]]  # by identity; the tensor is held so that its id stays its own
 Ready = Generator[list[str], None, None]
@@ -88,10 +88,35 @@ class Observer:
         tokens = {self.chosen[name].owner: self._sums[name].tokens for name in found & self._sums.keys()}
         for name in found:
             self.routed_tokens[name] = tokens[self.chosen[name].owner]
-            self._sums.pop(name, None)
-            self._leaders.pop(name, None)
+        self.forget(found)
         self.everywhere |= found
         return found
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop the sums of matrices."""
+        for name in names:
+            self._sums.pop(name, None)
+            self._leaders.pop(name, None)
+
+    def parts(self, room: float) -> list[dict[str, Matrix]]:
+        """Part the matrices so that the Gram matrices of a part's experts take no more than `room` bytes.
+
+        Both matrices of an expert are in one part, however much they take; all other matrices are in the first.
+        """
+        parts: list[dict[str, Matrix]] = [{name: m for name, m in self.chosen.items() if m.expert is None}]
+        experts: dict[tuple[int, int | None], dict[str, Matrix]] = defaultdict(dict)
+        for name, matrix in self.chosen.items():
+            if matrix.expert is not None:
+                experts[matrix.owner][name] = matrix
+        taken = 0
+        for expert in experts.values():
+            bytes_ = gram_bytes(expert.values()) if GRAM in self.needs else 0
+            if taken and taken + bytes_ > room:
+                parts.append({})
+                taken = 0
+            parts[-1] |= expert
+            taken += bytes_
+        return parts
 
 
 def unseen(observer: Observer, progress: Progress) -> Ready:
@@ -100,29 +125,43 @@ def unseen(observer: Observer, progress: Progress) -> Ready:
     yield list(observer.chosen)
 
 
-def at_once(stream: Stream, index: int, block: nn.Module, observer: Observer, progress: Progress) -> Ready:
+def at_once(
+    stream: Stream, index: int, block: nn.Module, observer: Observer, progress: Progress, room: float = math.inf
+) -> Ready:
     """Observe all matrices in one forward of the dense block, whose output is kept.
 
-    Experts that too few tokens reached cost the block a second forward, in which they see all tokens.
+    Experts that too few tokens reached cost the block another forward, in which they see all tokens. So do experts
+    whose Gram matrices `room`, in bytes, cannot hold together with those of others. They run beside each other, and
+    what they share is pruned last, so the sums are the same, bit for bit.
     """
-    seen: Seen = {}
-    with (
-        watching(observer.chosen, lambda inputs: observer.see(inputs, seen)),
-        _before_each_forward(block, seen.clear),
-    ):
-        stream.forward(index, block, progress)
-    underfed = observer.take_underfed([name for name in observer.chosen if observer.chosen[name].expert is not None])
-    if underfed:
-        poor = {name: observer.chosen[name] for name in underfed}
-        with (
-            torch.no_grad(),
-            watching(poor, lambda inputs: observer.see(inputs, seen), observer.everywhere),
-            _before_each_forward(block, seen.clear),
-        ):
+
+    def again() -> None:
+        with torch.no_grad():
             for number in range(len(stream.batches)):
                 stream.run(index, block, number)
-    seen.clear()
-    yield list(observer.chosen)
+
+    def observe(part: Mapping[str, Matrix], run: Callable[[], object]) -> None:
+        seen: Seen = {}
+        with (
+            watching(part, lambda inputs: observer.see(inputs, seen), observer.everywhere),
+            _before_each_forward(block, seen.clear),
+        ):
+            run()
+
+    first, *others = observer.parts(room)
+    observe(first, lambda: stream.forward(index, block, progress))
+    shared = [name for name in first if others and first[name].expert is None]
+    for part in (first, *others):
+        if part is not first:
+            observe(part, again)
+        experts = [name for name in part if part[name].expert is not None]
+        if underfed := observer.take_underfed(experts):
+            observe({name: part[name] for name in underfed}, again)
+        yield [name for name in observer.chosen if name in part and name not in shared]
+        if others:
+            observer.forget(experts)
+    if shared:
+        yield shared
 
 
 @contextmanager
@@ -148,6 +187,16 @@ def in_order(stream: Stream, index: int, block: nn.Module, observer: Observer, p
     return together(stream, index, block, observer, progress)
 
 
+def gram_bytes(matrices: Iterable[Matrix]) -> int:
+    """What the Gram matrices of inputs that nothing shares take, in float32."""
+    return sum(4 * matrix.shape[1] ** 2 for matrix in matrices)
+
+
+def room(device: torch.device) -> float:
+    """Bytes of a device's free memory that observation may take."""
+    return MEMORY_SHARE * free_memory_bytes(device)
+
+
 def paused_bytes(tokens: int, width: int, chosen: Iterable[Matrix]) -> int:
     """What paused micro-batches hold at most: two hidden states of `width` and the widest matrix's input or output."""
     return tokens * (2 * width + max((max(matrix.shape) for matrix in chosen), default=0)) * 4
@@ -155,7 +204,7 @@ def paused_bytes(tokens: int, width: int, chosen: Iterable[Matrix]) -> int:
 
 def fits(needed: int, device: torch.device) -> bool:
     """Whether a device's free memory allows micro-batches to wait for each other."""
-    return needed <= MEMORY_SHARE * free_memory_bytes(device)
+    return needed <= room(device)
 
 
 def _paused_together(stream: Stream, index: int, block: nn.Module, observer: Observer, progress: Progress) -> Ready:
