@@ -21,7 +21,7 @@ from .statistics import Statistics
 from .swaps import swaps
 
 Stage = Callable[..., tuple[Tensor, Tensor]]
-ALIKE = 8.0  # tokens; SmolLM2 with 2, 8 and 64 rows of C4: better than with 1, and never worse than Wanda alone
+ALIKE = 8.0  # tokens; with 1, a solve on two rows of C4 is worse than none (SmolLM2; docs/log.md, 2026-11-23)
 TOLERANCE = 8  # roundings: a row whose residual is so small a part of its right-hand side is solved
 
 
