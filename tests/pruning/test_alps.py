@@ -128,6 +128,15 @@ def test_alps_finds_the_best_of_all_masks_more_often_than_not():
     assert sum(found) >= 9
 
 
+def test_with_hardly_any_tokens_it_is_nearly_wanda():
+    """Which keeps the weights as they are, and chooses by the inputs' sizes alone."""
+    W, x = problem(12, 40)
+    _, want_mask = METHODS["wanda"](W, Statistics.of(x), 0.5, Matrix())
+    got, mask = alps(W, Statistics.of(x), 0.5, Matrix(), damping=1e-6, alike=1e9)
+    assert (mask != want_mask).float().mean() < 0.03
+    torch.testing.assert_close(got, W * mask, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pattern", ["row", "matrix", "2:4"])
 def test_dead_columns_stay_as_they_are_where_they_are_kept(pattern):
     W, x = problem(12, 40)

@@ -33,7 +33,7 @@ from secateur.pruning import (
     wanda,
 )  # fmt: skip
 from secateur.pruning.swaps import swap_in_rows, sweep_groups
-from secateur.pruning.updates import shrink
+from secateur.pruning.updates import normalised, shrink
 from tiny import tiny_model
 
 solve = partial(pcg, alike=0)  # on the Gram matrix as it is
@@ -170,13 +170,26 @@ def test_the_shrunk_correlations_are_nearer_to_the_truth(tokens, least):
     for seed in range(20):
         x, truth = correlated(tokens, 30, seed)
         raw = x.T @ x / (x.square().sum(0).sqrt() * x.square().sum(0).sqrt()[:, None])
-        shrunk = shrink(raw.clone(), tokens)
+        shrunk = raw.clone()
+        shrink(shrunk, torch.ones(30), tokens)
         taken.append(1 - (shrunk[0, 1] / raw[0, 1]).item())
         torch.testing.assert_close(shrunk, raw + taken[-1] * (torch.eye(30) - raw))
         for share in errors:
             tried = shrunk if share == "estimated" else raw + share * (torch.eye(30) - raw)
             errors[share] += (tried - truth).square().sum().item()
     assert errors["estimated"] <= min(errors.values()) and least < sum(taken) / 20 < 3 * least
+
+
+@pytest.mark.parametrize("loudness", [0.0, 1e-4, 1e-3])
+def test_quiet_and_dead_columns_are_no_reason_to_shrink_the_others(loudness):
+    """Damping has drawn their correlations towards zero already, without a chance that would have to be taken off."""
+    x = torch.cat([correlated(4096, 20, 0)[0], loudness * correlated(4096, 180, 1)[0]], 1).float()
+    W = torch.randn(8, 200, generator=torch.Generator().manual_seed(0))
+    alone = start(W[:, :20], Statistics.of(x[:, :20]), "row")
+    H, _ = normalised("pcg", W, Statistics.of(x), 0.01, 8.0)
+    want, _ = normalised("pcg", alone[0], Statistics.of(x[:, :20]), 0.01, 8.0)
+    torch.testing.assert_close(H[:20, :20], want, rtol=2e-2, atol=2e-2)
+    assert H[0, 1] > 0.45
 
 
 def test_few_tokens_do_no_harm():
@@ -193,8 +206,11 @@ def test_few_tokens_do_no_harm():
 
 def test_every_token_counts_once_they_are_many():
     x, _ = correlated(100_000, 20, 0)
-    W, new, mask, *rest = start(torch.randn(8, 20), Statistics.of(x.float()), "row")
-    torch.testing.assert_close(pcg(W, new, mask, *rest)[0], solve(W, new, mask, *rest)[0], rtol=1e-2, atol=1e-3)
+    W = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
+    W, new, mask, *rest = start(W, Statistics.of(x.float()), "row")
+    got, trusting = pcg(W, new, mask, *rest)[0], solve(W, new, mask, *rest)[0]
+    torch.testing.assert_close(got, trusting, rtol=1e-2, atol=1e-3)
+    assert not torch.equal(got, trusting)
 
 
 @pytest.mark.parametrize("alike", [-1.0, math.nan, math.inf])

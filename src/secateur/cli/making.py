@@ -50,7 +50,7 @@ def prune(
         typer.Option(
             metavar="NAME",
             help="What follows the method: pcg or obs solve for the kept weights, swaps improves the mask; swaps+pcg.",
-            show_default="none",
+            show_default="the preset's",
         ),
     ] = None,
     sparsity: Annotated[

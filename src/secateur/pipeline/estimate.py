@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -62,7 +63,8 @@ def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any
     hidden = 2 * count * config.hidden_size * 4
     if how:
         activations += COPIES * 4 * max(weights, default=0) + (hidden if fits(hidden, host.device) else 0)
-    sums = max((_gram_bytes(block, room(host.device)) for block in blocks), default=0) if gram else 0
+    most = math.inf if plan.job.propagate == "sequential" else room(host.device)  # which observes experts in parts
+    sums = max((_gram_bytes(block, most) for block in blocks), default=0) if gram else 0
     return {
         "matrices": len(plan.matrices),
         "weights": sum(m.weights for m in plan.matrices),

@@ -40,7 +40,8 @@ def reset_peak_memory() -> None:
 def free_memory_bytes(device: torch.device) -> int:
     """Memory of a device that could be taken now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, unused
+        return torch.cuda.mem_get_info(device)[0] + cached
     free: int = psutil.virtual_memory().available
     return free
 

@@ -97,6 +97,7 @@ class Observer:
         for name in names:
             self._sums.pop(name, None)
             self._leaders.pop(name, None)
+        self._last = (None, Statistics())
 
     def parts(self, room: float) -> list[dict[str, Matrix]]:
         """Part the matrices so that the Gram matrices of a part's experts take no more than `room` bytes.

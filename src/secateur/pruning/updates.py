@@ -1,7 +1,8 @@
 """Stages that follow a method: better values for the weights that a mask keeps, or a better mask. Pure.
 
 ``W_OI, W'_OI, mask_OI, statistics, pattern, **options -> W'_OI, mask_OI``: from the original weights, and what the
-method and the stages before made of them. Each lowers the error of the outputs, tr((W' - W) G (W' - W)ᵀ).
+method and the stages before made of them. Each lowers the error of the outputs, tr((W' - W) G (W' - W)ᵀ), as far as
+its G can be trusted.
 
 Names: W_OI weights [out, in]; H_II the damped Gram matrix of the inputs; R rows of a matrix that still move.
 """
@@ -39,8 +40,9 @@ def pcg(
     """Solve for the kept weights by conjugate gradients on the mask: Meng et al. 2024, algorithm 2.
 
     https://arxiv.org/abs/2406.07831. All rows at once, with step sizes of their own as in the authors' code (the
-    paper prints one for all). It starts at W', and no row ends worse than it began. Deviation: correlations that so
-    few tokens cannot tell from noise count for less (`shrink`), so that with hardly any the weights stay as they are.
+    paper prints one for all). It starts at W'. Deviation: correlations that so few tokens cannot tell from noise count
+    for less (`shrink`), so that with hardly any the weights stay as they are. By the matrix so shrunk no row ends worse
+    than it began.
 
     Args:
         W_OI: the original weights, any floating dtype; not changed.
@@ -102,10 +104,12 @@ def normalised(name: str, W_OI: Tensor, statistics: Statistics, damping: float, 
     H_II = next(damped(statistics.gram_II, damping, dtype=torch.promote_types(W_OI.dtype, torch.float32)))
     norm_I = H_II.diagonal().sqrt()
     H_II.div_(norm_I).div_(norm_I[:, None])
-    return shrink(H_II, statistics.tokens / alike) if alike and statistics.tokens else H_II, norm_I
+    if alike and statistics.tokens:
+        shrink(H_II, statistics.gram_II.diagonal() / norm_I.square(), statistics.tokens / alike)
+    return H_II, norm_I
 
 
-def shrink(H_II: Tensor, samples: float) -> Tensor:
+def shrink(H_II: Tensor, observed_I: Tensor, samples: float) -> None:
     """Draw correlations towards zero by the share of their squares that chance gives so few samples, in place.
 
     The estimate of Schäfer and Strimmer 2005, https://doi.org/10.2202/1544-6115.1175, of the share that makes the
@@ -113,14 +117,13 @@ def shrink(H_II: Tensor, samples: float) -> Tensor:
 
     Args:
         H_II: with a diagonal of ones.
+        observed_I: the part of the diagonal that is of the inputs and not damping, which has no chance in it.
         samples: independent observations that it was made of.
     """
-    width = len(H_II)
-    squares = float(H_II.square().sum()) - width
-    by_chance = (width * (width - 1) + squares) / samples
+    squares = float(torch.linalg.matrix_norm(H_II)) ** 2 - len(H_II)
+    by_chance = (float(observed_I.sum()) ** 2 - float(observed_I.square().sum()) + squares) / samples
     share = by_chance / squares if by_chance < squares else 1.0
     H_II.mul_(1 - share).diagonal().add_(share)
-    return H_II
 
 
 def conjugate_gradients(target_OI: Tensor, start_OI: Tensor, mask_OI: Tensor, H_II: Tensor, iterations: int) -> Tensor:
