@@ -52,6 +52,7 @@ def runs():
                 yield "text", f"{method}, {goal}, {samples} rows", {**asked, "method": method, "samples": samples}
         for rule in ("linear", "owl", "alpha"):
             yield "allocation", f"wanda+pcg, {rule}, {goal}", {**asked, "method": "wanda+pcg", "allocation": rule}
+        yield "allocation", f"alps, linear, {goal}", {**asked, "method": "alps", "allocation": "linear"}
         for seed in SEEDS.get(goal, (0,)):
             yield "best", f"best, {goal}, seed {seed}", {**asked, "preset": "best", "seed": seed}
 
@@ -98,6 +99,7 @@ def measured(name, how, options):
             "options": {name: str(value) for name, value in how.items()},
             "sparsity": report["sparsity"],
             "seconds": report["seconds"]["pruning"],
+            "process_seconds": report["seconds"]["this_process"],  # the search for an allocation too
             "peak_memory_bytes": report["peak_memory_bytes"],
             "plan": {key: report["plan"].get(key) for key in told},
             "reconstruction": rebuilt,

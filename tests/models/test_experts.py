@@ -301,6 +301,22 @@ def test_experts_whose_gram_matrices_memory_cannot_hold_at_once_are_observed_in_
     assert [b["output_error"] for b in got["blocks"]] == [b["output_error"] for b in want["blocks"]]
 
 
+def test_the_estimate_counts_the_forwards_of_experts_in_turn(tmp_path, monkeypatch):
+    mixture = moe("mixtral")
+    experts = len(mixture.model.layers[0].mlp.experts.gate_up_proj)
+    mixture.save_pretrained(tmp_path / "model")
+
+    def seconds(**options):
+        asked = {"calibration": ROWS, "method": "wanda+pcg", "dry_run": True, **options}
+        return secateur.prune(tmp_path / "model", tmp_path / "out", **asked).report["estimate"]["seconds"]
+
+    together, sequential, wanda = seconds(), seconds(propagate="sequential"), seconds(method="wanda")
+    monkeypatch.setattr("secateur.pipeline.estimate.room", lambda device: 4 * (32**2 + WIDTH**2))
+    forward = together - sequential  # "block" runs each block once more
+    assert seconds() == pytest.approx(together + (experts - 1) * forward)
+    assert seconds(propagate="sequential") == sequential and seconds(method="wanda") == wanda
+
+
 def test_after_pruned_blocks_they_are_over_what_these_give():
     model = moe("mixtral")
     mixed = copy.deepcopy(model)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -207,6 +208,27 @@ def test_what_was_found_for_other_options_is_not_taken(model, tmp_path):
     )
     other = secateur.prune(model, tmp_path / "out", calibration=ROWS, allocation="alpha", sparsity=0.7, overwrite=True)
     assert other.report["plan"]["allocation_found"]["name"] == "alpha"
+
+
+def test_what_is_to_be_replaced_is_found_again_and_counts_as_pruning(model, out, monkeypatch):
+    options = {"calibration": ROWS, "allocation": "owl", "sparsity": 0.6}
+    secateur.prune(model, out, **options)
+    real, calls = allocating._Finder.find, []
+
+    def find(finder, name):
+        calls.append(name)
+        time.sleep(0.2)
+        return real(finder, name)
+
+    monkeypatch.setattr(allocating._Finder, "find", find)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.prune(model, out, **options, overwrite=True, progress=Interrupts(6))
+    report = secateur.prune(model, out, **options, overwrite=True).report
+    assert calls == ["owl"]  # the killed run had it
+    in_blocks = sum(block["seconds"] for block in report["blocks"])
+    assert report["seconds"]["pruning"] >= in_blocks + 0.2
+    seconds = secateur.prune(tiny_model("llama"), **options).report["seconds"]
+    assert seconds["this_process"] >= seconds["pruning"] >= 0.2 and calls == ["owl", "owl"]
 
 
 def test_interrupted_while_finding_nothing_is_left(model, out):

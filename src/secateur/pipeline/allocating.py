@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ def with_allocation(
     known: Sequence[Mapping[str, Any]],
     progress: Progress,
 ) -> Request:
-    """Return the request with the rules that its allocation's name stands for, and a record of how they were found.
+    """Return the request with the rules that its allocation's name stands for, how they were found and in what time.
 
     Args:
         request: the options; one without a name comes back as it is.
@@ -67,20 +68,22 @@ def with_allocation(
     for former in known:
         if _same_but_allocation(former, plan.record, name):
             return replace(request, allocation=former["allocation"], allocation_found=former["allocation_found"])
+    started = time.perf_counter()
     try:
         rules, found = _Finder(plan, host, tokens, folder, progress).find(name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return replace(request, allocation=rules, allocation_found=found)
+    spent = time.perf_counter() - started
+    return replace(request, allocation=rules, allocation_found=found, allocation_seconds=spent)
 
 
-def known_plans(run: RunDirectory) -> list[dict[str, Any]]:
-    """The plans of an earlier run that was not finished, and of the finished output, as far as there are any."""
+def known_plans(run: RunDirectory, overwrite: bool) -> list[dict[str, Any]]:
+    """The plans of an earlier run that was not finished, and of the finished output unless it is to be replaced."""
     try:
         unfinished: Any = json.loads((run.path / "plan.json").read_text())
     except (OSError, ValueError):
         unfinished = None
-    finished = (report_of(run.output) or {}).get("plan")
+    finished = None if overwrite else (report_of(run.output) or {}).get("plan")
     return [plan for plan in (unfinished, finished) if isinstance(plan, dict)]
 
 

@@ -28,55 +28,74 @@ COPIES = 6  # of a block's weights, beside any run's, to reconstruct it: gradien
 PRODUCTS = {"sparsegpt": 15, "obs": 15, "pcg": 30, "swaps": 120, "alps": 120}
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers
 
+Block = Sequence[Matrix]
+
 
 def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any]:
     """Return rough seconds and memory, and the disk's bytes, that a plan takes."""
-    checkpoint = host.checkpoint
-    pruned = {name for name, target in plan.job.targets.items() if target.sparsity}
     blocks = [list(block_matrices(host, index).values()) for index in range(len(host.skeleton.real))]
-    config = host.model.config.get_text_config()
-    weights = [sum(matrix.weights for matrix in block) for block in blocks]
+    experts = [gram_bytes(matrix for matrix in block if matrix.expert is not None) for block in blocks]
+    if GRAM not in plan.job.method.needs:
+        experts = [0] * len(blocks)
+    # A block runs once more for every part of its experts; "sequential" does not part them.
+    most = math.inf if plan.job.propagate == "sequential" else max(room(host.device), 1)
     count = tokens.tokens if tokens else 0
-    gram, how = GRAM in plan.job.method.needs, plan.job.reconstruct
-    operations = 0.0
-    if tokens:
-        passes: float = 2 if plan.job.propagate == "block" else 1
-        if how:
-            seen = 1 - 1 / HELD_OUT
-            passes += 1 + how.epochs * (FORWARDS_OF_A_STEP * seen + 1 - seen)
-        used = sum(_share_of_tokens(matrix, config) * matrix.weights for block in blocks for matrix in block)
-        operations += 2 * count * used * passes * OVERHEAD
-    if gram:
-        distinct = [sum(c * c for c in {matrix.shape[1] for matrix in block}) for block in blocks]
-        product = sum(2 * matrix.weights * matrix.shape[1] for block in blocks for matrix in block)
-        products = sum(PRODUCTS.get(name, 0) for name, _ in parts_of(plan.record["method"])) or 1  # 1: a user's own
-        operations += count * sum(distinct) + products * product
-    floats = [i for i in checkpoint.tensors.values() if i.dtype.is_floating_point]
-    itemsize = host.dtype.itemsize if host.dtype else max((i.dtype.itemsize for i in floats), default=2)
-    output = checkpoint.bytes + sum(i.weights * max(0, itemsize - i.dtype.itemsize) for i in floats)
-    widest = max((max(matrix.shape) for block in blocks for matrix in block), default=0)
-    outside = sum(checkpoint.tensors[n].weights for n in host.names[None])
-    activations = min(count, MICRO_BATCH_TOKENS) * widest * 4 * 4
-    if tokens and plan.job.propagate == "sequential":
-        paused = paused_bytes(count, config.hidden_size, (matrix for block in blocks for matrix in block))
-        activations += paused if fits(paused, host.device) else 0
-    hidden = 2 * count * config.hidden_size * 4
-    if how:
-        activations += COPIES * 4 * max(weights, default=0) + (hidden if fits(hidden, host.device) else 0)
-    most = math.inf if plan.job.propagate == "sequential" else room(host.device)  # which observes experts in parts
-    sums = max((_gram_bytes(block, most) for block in blocks), default=0) if gram else 0
+    hidden = 2 * count * host.model.config.get_text_config().hidden_size * 4
     return {
         "matrices": len(plan.matrices),
         "weights": sum(m.weights for m in plan.matrices),
         "mean_sparsity": plan.mean_sparsity,
         "estimate": {
-            "seconds": operations / _operations_per_second(),
-            "memory_bytes": RUNTIME_BYTES + 4 * outside + 2 * 4 * max(weights, default=0) + sums + activations,
-            "disk_bytes": output
-            + sum(m.weights for m in plan.matrices if m.name in pruned) * itemsize
-            + hidden * (2 if how else 1),
+            "seconds": _operations(plan, host, blocks, count, [max(math.ceil(b / most), 1) for b in experts])
+            / _operations_per_second(),
+            "memory_bytes": _memory_bytes(plan, host, blocks, count, hidden) + min(max(experts, default=0), most),
+            "disk_bytes": _disk_bytes(plan, host, hidden),
         },
     }
+
+
+def _operations(plan: Plan, host: DiskHost, blocks: Sequence[Block], count: int, parts: Sequence[int]) -> float:
+    config, how = host.model.config.get_text_config(), plan.job.reconstruct
+    passes: float = 1 if plan.job.propagate == "block" else 0  # beside those that observe
+    if how:
+        seen = 1 - 1 / HELD_OUT
+        passes += 1 + how.epochs * (FORWARDS_OF_A_STEP * seen + 1 - seen)
+    operations = 0.0
+    for block, its_parts in zip(blocks, parts, strict=True):
+        used = sum(_share_of_tokens(matrix, config) * matrix.weights for matrix in block)
+        operations += 2 * count * used * (passes + its_parts) * OVERHEAD
+    if GRAM in plan.job.method.needs:
+        distinct = [sum(c * c for c in {matrix.shape[1] for matrix in block}) for block in blocks]
+        product = sum(2 * matrix.weights * matrix.shape[1] for block in blocks for matrix in block)
+        products = sum(PRODUCTS.get(name, 0) for name, _ in parts_of(plan.record["method"])) or 1  # 1: a user's own
+        operations += count * sum(distinct) + products * product
+    return operations
+
+
+def _memory_bytes(plan: Plan, host: DiskHost, blocks: Sequence[Block], count: int, hidden: int) -> int:
+    """All but the Gram matrices of experts' own inputs."""
+    every = [matrix for block in blocks for matrix in block]
+    largest = max((sum(matrix.weights for matrix in block) for block in blocks), default=0)
+    outside = sum(host.checkpoint.tensors[name].weights for name in host.names[None])
+    taken = RUNTIME_BYTES + 4 * outside + 2 * 4 * largest
+    taken += min(count, MICRO_BATCH_TOKENS) * max((max(matrix.shape) for matrix in every), default=0) * 4 * 4
+    if GRAM in plan.job.method.needs:  # of a block's few distinct inputs
+        taken += 4 * 4 * max((matrix.shape[1] for matrix in every), default=0) ** 2
+    if count and plan.job.propagate == "sequential":
+        paused = paused_bytes(count, host.model.config.get_text_config().hidden_size, every)
+        taken += paused if fits(paused, host.device) else 0
+    if plan.job.reconstruct:
+        taken += COPIES * 4 * largest + (hidden if fits(hidden, host.device) else 0)
+    return taken
+
+
+def _disk_bytes(plan: Plan, host: DiskHost, hidden: int) -> int:
+    floats = [info for info in host.checkpoint.tensors.values() if info.dtype.is_floating_point]
+    itemsize = host.dtype.itemsize if host.dtype else max((info.dtype.itemsize for info in floats), default=2)
+    output = host.checkpoint.bytes + sum(info.weights * max(0, itemsize - info.dtype.itemsize) for info in floats)
+    pruned = {name for name, target in plan.job.targets.items() if target.sparsity}
+    blocks = sum(matrix.weights for matrix in plan.matrices if matrix.name in pruned) * itemsize
+    return output + blocks + hidden * (2 if plan.job.reconstruct else 1)
 
 
 def _share_of_tokens(matrix: Matrix, config: Any) -> float:
@@ -85,12 +104,6 @@ def _share_of_tokens(matrix: Matrix, config: Any) -> float:
         return 1.0
     share: float = getattr(config, "num_experts_per_tok", 1) / len(matrix.weight)
     return share
-
-
-def _gram_bytes(block: Sequence[Matrix], most: float) -> float:
-    """Gram matrices of one block: of its few distinct inputs, and of its experts' own, at most so many at once."""
-    shared = 4 * 4 * max((matrix.shape[1] for matrix in block), default=0) ** 2
-    return shared + min(gram_bytes(matrix for matrix in block if matrix.expert is not None), most)
 
 
 def _operations_per_second() -> float:

@@ -127,10 +127,11 @@ def prune_live(
         if results.done:
             raise type(error)(f"{error} (blocks 0 to {results.done - 1} are already pruned)") from error
         raise
+    spent = plan.allocation_seconds + sum(block["seconds"] for block in results.blocks)
     report = make_report(
         plan,
         results.blocks,
-        seconds={"pruning": sum(b["seconds"] for b in results.blocks), "this_process": time.perf_counter() - started},
+        seconds={"pruning": spent, "this_process": time.perf_counter() - started},
         peak_memory_bytes=peak_memory_bytes(),
         bytes=None,
         packed=None,

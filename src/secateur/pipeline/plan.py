@@ -61,6 +61,7 @@ class Request:
     values: str | None = None
     search: Mapping[str, Any] | None = None
     allocation_found: Mapping[str, Any] | None = None
+    allocation_seconds: float = 0.0
 
     def check(self) -> None:
         """Raise OptionError for what can be refused before a model is opened."""
@@ -124,12 +125,14 @@ class Plan:
         matrices: that were selected.
         unreadable: fused weights that were selected too and stay dense, because their layout is unknown.
         record: the frozen plan, as it is written.
+        allocation_seconds: what finding the allocation took.
     """
 
     job: Job
     matrices: list[MatrixInfo]
     unreadable: list[MatrixInfo]
     record: dict[str, Any]
+    allocation_seconds: float
 
     @property
     def mean_sparsity(self) -> float:
@@ -192,7 +195,7 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
     readable = [m for m in chosen if m.name not in closed]
     targets = allocate(readable, default, rules)
     job = Job(method, targets, request.propagate, reconstruct=how)
-    return Plan(job, readable, [m for m in chosen if m.name in closed], record)
+    return Plan(job, readable, [m for m in chosen if m.name in closed], record, request.allocation_seconds)
 
 
 def announce(plan: Plan) -> None:

@@ -69,6 +69,7 @@ def prune_checkpoint(
     Returns:
         The report, equal to ``secateur.json``.
     """
+    started = time.perf_counter()
     request.check()
     path = locate(model, request.trust_remote_code)
     check_output(output, path, overwrite)
@@ -77,14 +78,18 @@ def prune_checkpoint(
             host, tokens, plan, _ = _prepare(model, path, Path(scratch), request, progress, tokenizer)
             return {**plan.record, **estimate(plan, host, tokens)}
     with run_of(output, resume) as run, threads(request.threads):
-        host, tokens, plan, source = _prepare(model, path, run.path, request, progress, tokenizer, known_plans(run))
+        host, tokens, plan, source = _prepare(
+            model, path, run.path, request, progress, tokenizer, known_plans(run, overwrite)
+        )
         finished = None if overwrite else finished_result(run.output, plan.record)
         if finished is not None:
             run.forget()
             return finished
         run.begin(plan.record)
+        if plan.allocation_seconds:
+            run.note({"allocated_in": plan.allocation_seconds})
         announce(plan)
-        return _run(run, host, source, tokens, plan, path, progress, evaluate, describe)
+        return _run(run, host, source, tokens, plan, path, progress, evaluate, describe, started)
 
 
 def _prepare(
@@ -126,8 +131,8 @@ def _run(
     progress: Progress,
     evaluate: Evaluate | None,
     describe: Describe | None,
+    started: float,
 ) -> dict[str, Any]:
-    started = time.perf_counter()
     needed = estimate(plan, host, tokens)["estimate"]["disk_bytes"]
     check_room(run.path, 0 if run.blocks else needed, "this run")
     before = evaluated(run, plan.record, "before", source.directory, evaluate)
@@ -153,7 +158,7 @@ def _run(
     report = make_report(
         plan,
         run.blocks,
-        seconds={"pruning": sum(b["seconds"] for b in run.blocks), "this_process": time.perf_counter() - started},
+        seconds={"pruning": pruning_seconds(run), "this_process": time.perf_counter() - started},
         peak_memory_bytes=peak_memory_bytes(),
         bytes=file_bytes(path, source, target),
         packed=packed_bytes(Checkpoint.open(target)),
@@ -164,6 +169,12 @@ def _run(
         describe(target, source.directory)
     run.install()
     return report
+
+
+def pruning_seconds(run: RunDirectory) -> float:
+    """What finding an allocation and pruning all blocks took, in however many processes."""
+    found = sum(line.get("allocated_in", 0.0) for line in run.journal)
+    return float(found + sum(block["seconds"] for block in run.blocks))
 
 
 def file_bytes(source: Path, checkpoint: Checkpoint, target: Path) -> dict[str, int]:
