@@ -46,7 +46,8 @@ def runs():
             yield "ablation", f"{name}, {goal}", {**asked, **how}
         for method in ("wanda", "wanda+pcg", "wanda+swaps+pcg", "sparsegpt", "alps"):
             yield "reconstruction", f"{method} + reconstruct, {goal}", {**asked, "method": method, "reconstruct": True}
-        yield "text", f"best, {goal}, 256 rows", {**asked, "preset": "best", "samples": 256}
+        for samples in (128, 256):
+            yield "text", f"best, {goal}, {samples} rows", {**asked, "preset": "best", "samples": samples}
         for method in ("wanda", "wanda+pcg:alike=0", "wanda+pcg", "alps:alike=0", "alps") if goal == "50 %" else ():
             for samples in (2, 8):
                 yield "text", f"{method}, {goal}, {samples} rows", {**asked, "method": method, "samples": samples}

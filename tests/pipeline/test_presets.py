@@ -36,9 +36,9 @@ def test_what_is_given_wins(preset):
         ({"pattern": "1:4"}, "uniform"), ({"sparsity": 0.7, "allocation": "uniform"}, "uniform"),
     ],
 )  # fmt: skip
-def test_best_allocates_from_60_percent_on(options, allocation):
-    assert asked("best", **options)["allocation"] == allocation
-    assert asked("balanced", **options)["allocation"] == "uniform"
+def test_the_better_presets_allocate_from_60_percent_on(options, allocation):
+    assert asked("best", **options)["allocation"] == asked("balanced", **options)["allocation"] == allocation
+    assert asked("fast", **options)["allocation"] == "uniform"
 
 
 def test_an_update_follows_the_method():

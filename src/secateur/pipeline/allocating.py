@@ -8,8 +8,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from ..errors import NumericsError, OptionError
 from ..models.hosts import Host, block_matrices
@@ -27,9 +30,10 @@ from .run_directory import RunDirectory, differences, report_of
 from .stream import Stream
 
 KL_ROWS = 8  # the last calibration rows, on which slopes are compared
+MASK_TOKENS = 16384  # of the first calibration rows, from which Wanda's masks follow while slopes are compared
 FIRST_SLOPE = 0.1
 LEAST_STEP = 0.01  # between slopes
-MOST_SLOPES = 8
+MOST_SLOPES = 6
 
 Seen = Mapping[str, Statistics]
 T = TypeVar("T")
@@ -143,7 +147,8 @@ class _Finder:
             pairs = [(chosen[name].read(), statistics) for name, statistics in seen.items()]
             return _named(f"block {index}", depth.outlier_ratio, pairs) if pairs else None
 
-        values = self._in_dense_pass(ratio)
+        assert self.tokens is not None
+        values = self._in_dense_pass(self.tokens.rows, ratio)
         rules = self._rules(depth.owl(_filled(values), self.weights, self.default.sparsity))
         measured = dict(zip(map(str, self.blocks), values, strict=True))
         return rules, {"times": depth.OUTLIER, "lam": depth.LAM, "measured": measured}
@@ -155,7 +160,9 @@ class _Finder:
         """
         assert self.tokens is not None
         target, rows = self.default.sparsity, self.tokens.rows[-KL_ROWS:]
-        statistics = {n: s for seen in self._in_dense_pass(lambda index, chosen, seen: seen) for n, s in seen.items()}
+        ends = accumulate(map(len, self.tokens.rows))
+        few = [row for row, end in zip(self.tokens.rows, ends, strict=True) if end - len(row) < MASK_TOKENS]
+        statistics = {n: s for seen in self._in_dense_pass(few, lambda i, chosen, seen: seen) for n, s in seen.items()}
         reader = MaskedReader(self.host, rows, statistics, self.folder / "masked", self.progress)
         known: dict[tuple[Rule, ...], float] = {}
 
@@ -179,17 +186,19 @@ class _Finder:
         slopes = [{"slope": s, "kl": kl if math.isfinite(kl) else None} for s, kl in tried.items()]
         return rules(best), {"slope": best, "rows": len(rows), "tokens": sum(map(len, rows)), "slopes": slopes}
 
-    def _in_dense_pass(self, measure: Callable[[int, Mapping[str, Matrix], Seen], T]) -> list[T]:
-        """Run the calibration tokens through the dense model; return what `measure` says of each block to be pruned.
+    def _in_dense_pass(
+        self, rows: Sequence[Tensor], measure: Callable[[int, Mapping[str, Matrix], Seen], T]
+    ) -> list[T]:
+        """Run token ids through the dense model; return what `measure` says of each block to be pruned.
 
         Args:
+            rows: the token ids.
             measure: called with a resident block's index, its matrices and the statistics of those that were reached.
 
         Raises:
             OptionError: no matrix was reached in any block.
         """
-        assert self.tokens is not None
-        stream = Stream(self.host, self.tokens.rows, self.folder / "dense")
+        stream = Stream(self.host, rows, self.folder / "dense")
         count, found, reached = len(self.host.skeleton.real), [], False
         self.progress.start("allocating", count * len(stream.batches))
         for index in range(count):
@@ -215,7 +224,7 @@ class _Finder:
 def search_slopes(
     measure: Callable[[Sequence[float]], Sequence[float]], largest: float, first: float = FIRST_SLOPE
 ) -> dict[float, float]:
-    """Seek the slope of least divergence in about 7 measurements: steps from the best so far, halved where it stays.
+    """Seek the slope of least divergence in 6 measurements: steps from the best so far, halved where it stays.
 
     Args:
         measure: the divergences for several slopes, which it may measure at once.

@@ -48,14 +48,14 @@ class MaskedReader:
             self.dense = self.start.beside(self.folder / "dense")
             readings.insert(0, (self.dense, {}))
         count, batches = len(self.host.skeleton.real), len(self.start.batches)
-        self.progress.start("allocating", (count * len(readings) + len(streams)) * batches)
+        self.progress.start("allocating", (count * len(readings) + 1) * batches)
         for index in range(count):
             with self.host.block(index) as block:
                 chosen = block_matrices(self.host, index)
                 for stream, targets in readings:
                     with self._masked(chosen, targets):
                         stream.forward(index, block, self.progress)
-        found = [self._divergence(stream, self.dense) for stream in streams]
+        found = self._divergences(streams, self.dense)
         self.progress.finish()
         return found
 
@@ -75,22 +75,23 @@ class MaskedReader:
             for name, W_OI in former.items():
                 chosen[name].read().copy_(W_OI)
 
-    def _divergence(self, stream: Stream, dense: Stream) -> float:
-        skeleton, last = self.host.skeleton, len(self.host.skeleton.real)
+    def _divergences(self, streams: Sequence[Stream], dense: Stream) -> list[float]:
+        last = len(self.host.skeleton.real)
         at_once = max(1, LOGITS_AT_ONCE // self.host.model.config.get_text_config().vocab_size)
-        total = 0.0
-        for number, ids_BT in enumerate(stream.batches):
-            rows = zip(ids_BT.to(self.host.device), dense.get(last, number), stream.get(last, number), strict=True)
-            for row in rows:
-                for ids_T, dense_TD, own_TD in zip(*(part.split(at_once) for part in row), strict=True):
-                    logs = [
-                        log_softmax(skeleton.logits(ids_T[None], hidden_TD[None])[0].float(), dim=-1)
-                        for hidden_TD in (dense_TD, own_TD)
-                    ]
-                    total += float(divergence(*logs).sum())
+        totals = [0.0] * len(streams)
+        for number, ids_BT in enumerate(dense.batches):
+            hidden = [stream.get(last, number) for stream in (dense, *streams)]
+            for row in zip(ids_BT.to(self.host.device), *hidden, strict=True):
+                for ids_T, dense_TD, *others in zip(*(part.split(at_once) for part in row), strict=True):
+                    theirs = self._log_probabilities(ids_T, dense_TD)
+                    for place, own_TD in enumerate(others):
+                        totals[place] += float(divergence(theirs, self._log_probabilities(ids_T, own_TD)).sum())
             self.progress.advance()
-        mean = total / stream.tokens
-        return mean if math.isfinite(mean) else math.inf
+        means = [total / dense.tokens for total in totals]
+        return [mean if math.isfinite(mean) else math.inf for mean in means]
+
+    def _log_probabilities(self, ids_T: Tensor, hidden_TD: Tensor) -> Tensor:
+        return log_softmax(self.host.skeleton.logits(ids_T[None], hidden_TD[None])[0].float(), dim=-1)
 
 
 def wanda_mask(W_OI: Tensor, statistics: Statistics, target: Target) -> Tensor:

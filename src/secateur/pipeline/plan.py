@@ -215,8 +215,8 @@ def announce(plan: Plan) -> None:
     pattern = parse_pattern(plan.record["pattern"])
     if isinstance(pattern, NM) and pattern.m <= 4 and plan.mean_sparsity >= 0.5 and weights < 1e9:
         log.warning(
-            "pattern %s below 1 billion weights costs much quality: SmolLM2-135M goes from perplexity 29 to 100 with "
-            "wanda+pcg and 66 with --preset best at 2:4 (WikiText-2, window 512); 8:16 or row cost less",
+            "pattern %s below 1 billion weights costs much quality: SmolLM2-135M goes from perplexity 29 to 102 with "
+            "wanda+pcg and 64 with --preset best at 2:4, to 63 and 50 at 8:16 (WikiText-2, window 512)",
             pattern,
         )
     elif not isinstance(pattern, NM) and plan.mean_sparsity > 0.6:

@@ -16,7 +16,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "alps"},
     "best": {"method": "alps", "reconstruct": True},
 }
-MUCH = 0.6  # sparsity from which `best` allocates: below, no allocation helps
+ALLOCATING = ("balanced", "best")
+MUCH = 0.6  # sparsity from which they allocate: below, no allocation helps
 BEST_ALLOCATION = "linear"
 
 
@@ -38,7 +39,7 @@ def chosen(
     if preset is not None and preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}: {nearest(preset, PRESETS)}")
     wished = {"method": DEFAULT_METHOD, "reconstruct": False, "allocation": "uniform", **PRESETS.get(preset or "", {})}
-    if preset == "best" and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
+    if preset in ALLOCATING and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
         free = not pattern or parse_pattern(pattern).fixed_sparsity is None
         wished["allocation"] = BEST_ALLOCATION if free else "uniform"
     if update is not None:
