@@ -311,10 +311,14 @@ def test_the_estimate_counts_the_forwards_of_experts_in_turn(tmp_path, monkeypat
         return secateur.prune(tmp_path / "model", tmp_path / "out", **asked).report["estimate"]["seconds"]
 
     together, sequential, wanda = seconds(), seconds(propagate="sequential"), seconds(method="wanda")
-    monkeypatch.setattr("secateur.pipeline.estimate.room", lambda device: 4 * (32**2 + WIDTH**2))
+    dense = seconds(exclude="experts")
     forward = together - sequential  # "block" runs each block once more
-    assert seconds() == pytest.approx(together + (experts - 1) * forward)
-    assert seconds(propagate="sequential") == sequential and seconds(method="wanda") == wanda
+    for room in (0, 1, 1.5):
+        bytes_ = int(room * 4 * (32**2 + WIDTH**2))
+        monkeypatch.setattr("secateur.pipeline.estimate.room", lambda device, bytes_=bytes_: bytes_)
+        assert seconds() == pytest.approx(together + (experts - 1) * forward)
+        assert seconds(propagate="sequential") == sequential and seconds(method="wanda") == wanda
+        assert seconds(exclude="experts") == dense
 
 
 def test_after_pruned_blocks_they_are_over_what_these_give():

@@ -224,7 +224,7 @@ class _Finder:
 def search_slopes(
     measure: Callable[[Sequence[float]], Sequence[float]], largest: float, first: float = FIRST_SLOPE
 ) -> dict[float, float]:
-    """Seek the slope of least divergence in 6 measurements: steps from the best so far, halved where it stays.
+    """Seek the slope of least divergence in at most 6 measurements: steps from the best so far, halved where it stays.
 
     Args:
         measure: the divergences for several slopes, which it may measure at once.

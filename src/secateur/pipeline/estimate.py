@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..models.matrices import Matrix
 from ..pruning import GRAM
 from ..pruning.methods import parts_of
 from .calibration import Tokens
-from .observation import fits, gram_bytes, paused_bytes, room
+from .observation import Observer, fits, gram_bytes, paused_bytes, room
 from .plan import Plan
 from .reconstruct import HELD_OUT
 from .stream import MICRO_BATCH_TOKENS
@@ -28,74 +28,82 @@ COPIES = 6  # of a block's weights, beside any run's, to reconstruct it: gradien
 PRODUCTS = {"sparsegpt": 15, "obs": 15, "pcg": 30, "swaps": 120, "alps": 120}
 RUNTIME_BYTES = 500 << 20  # Python, torch and transformers
 
-Block = Sequence[Matrix]
+Parts = Sequence[Mapping[str, Matrix]]  # of a block's matrices: those that one forward observes
 
 
 def estimate(plan: Plan, host: DiskHost, tokens: Tokens | None) -> dict[str, Any]:
     """Return rough seconds and memory, and the disk's bytes, that a plan takes."""
-    blocks = [list(block_matrices(host, index).values()) for index in range(len(host.skeleton.real))]
-    experts = [gram_bytes(matrix for matrix in block if matrix.expert is not None) for block in blocks]
-    if GRAM not in plan.job.method.needs:
-        experts = [0] * len(blocks)
-    # A block runs once more for every part of its experts; "sequential" does not part them.
-    most = math.inf if plan.job.propagate == "sequential" else max(room(host.device), 1)
     count = tokens.tokens if tokens else 0
-    hidden = 2 * count * host.model.config.get_text_config().hidden_size * 4
+    most = math.inf if plan.job.propagate == "sequential" else room(host.device)
+    parts = [
+        Observer(plan.job.chosen(host, index), plan.job.method.needs).parts(most)
+        for index in range(len(host.skeleton.real))
+    ]
     return {
         "matrices": len(plan.matrices),
         "weights": sum(m.weights for m in plan.matrices),
         "mean_sparsity": plan.mean_sparsity,
         "estimate": {
-            "seconds": _operations(plan, host, blocks, count, [max(math.ceil(b / most), 1) for b in experts])
-            / _operations_per_second(),
-            "memory_bytes": _memory_bytes(plan, host, blocks, count, hidden) + min(max(experts, default=0), most),
-            "disk_bytes": _disk_bytes(plan, host, hidden),
+            "seconds": plan.allocation_seconds + _operations(plan, host, count, parts) / _operations_per_second(),
+            "memory_bytes": _memory_bytes(plan, host, count, parts),
+            "disk_bytes": disk_bytes(plan, host, tokens),
         },
     }
 
 
-def _operations(plan: Plan, host: DiskHost, blocks: Sequence[Block], count: int, parts: Sequence[int]) -> float:
+def _operations(plan: Plan, host: DiskHost, count: int, parts: Sequence[Parts]) -> float:
+    """Operations of forwards, of which a block has one more for every part of its experts, and of solves."""
     config, how = host.model.config.get_text_config(), plan.job.reconstruct
     passes: float = 1 if plan.job.propagate == "block" else 0  # beside those that observe
     if how:
         seen = 1 - 1 / HELD_OUT
         passes += 1 + how.epochs * (FORWARDS_OF_A_STEP * seen + 1 - seen)
     operations = 0.0
-    for block, its_parts in zip(blocks, parts, strict=True):
-        used = sum(_share_of_tokens(matrix, config) * matrix.weights for matrix in block)
-        operations += 2 * count * used * (passes + its_parts) * OVERHEAD
+    for index, its_parts in enumerate(parts):
+        used = sum(_share_of_tokens(matrix, config) * matrix.weights for matrix in block_matrices(host, index).values())
+        operations += 2 * count * used * (passes + len(its_parts)) * OVERHEAD
     if GRAM in plan.job.method.needs:
-        distinct = [sum(c * c for c in {matrix.shape[1] for matrix in block}) for block in blocks]
-        product = sum(2 * matrix.weights * matrix.shape[1] for block in blocks for matrix in block)
+        chosen = [[matrix for part in its_parts for matrix in part.values()] for its_parts in parts]
+        distinct = [sum(c * c for c in {matrix.shape[1] for matrix in block}) for block in chosen]
+        product = sum(2 * matrix.weights * matrix.shape[1] for block in chosen for matrix in block)
         products = sum(PRODUCTS.get(name, 0) for name, _ in parts_of(plan.record["method"])) or 1  # 1: a user's own
         operations += count * sum(distinct) + products * product
     return operations
 
 
-def _memory_bytes(plan: Plan, host: DiskHost, blocks: Sequence[Block], count: int, hidden: int) -> int:
-    """All but the Gram matrices of experts' own inputs."""
+def _memory_bytes(plan: Plan, host: DiskHost, count: int, parts: Sequence[Parts]) -> int:
+    blocks = [list(block_matrices(host, index).values()) for index in range(len(parts))]
     every = [matrix for block in blocks for matrix in block]
     largest = max((sum(matrix.weights for matrix in block) for block in blocks), default=0)
     outside = sum(host.checkpoint.tensors[name].weights for name in host.names[None])
     taken = RUNTIME_BYTES + 4 * outside + 2 * 4 * largest
     taken += min(count, MICRO_BATCH_TOKENS) * max((max(matrix.shape) for matrix in every), default=0) * 4 * 4
-    if GRAM in plan.job.method.needs:  # of a block's few distinct inputs
+    if GRAM in plan.job.method.needs:  # of a block's few distinct inputs, and of the experts observed together
+        experts = [[m for m in part.values() if m.expert is not None] for its_parts in parts for part in its_parts]
         taken += 4 * 4 * max((matrix.shape[1] for matrix in every), default=0) ** 2
+        taken += max(map(gram_bytes, experts), default=0)
     if count and plan.job.propagate == "sequential":
         paused = paused_bytes(count, host.model.config.get_text_config().hidden_size, every)
         taken += paused if fits(paused, host.device) else 0
     if plan.job.reconstruct:
+        hidden = _hidden_bytes(host, count)
         taken += COPIES * 4 * largest + (hidden if fits(hidden, host.device) else 0)
     return taken
 
 
-def _disk_bytes(plan: Plan, host: DiskHost, hidden: int) -> int:
+def disk_bytes(plan: Plan, host: DiskHost, tokens: Tokens | None) -> int:
+    """Return what a run directory holds at most: finished blocks, the output and hidden states."""
     floats = [info for info in host.checkpoint.tensors.values() if info.dtype.is_floating_point]
     itemsize = host.dtype.itemsize if host.dtype else max((info.dtype.itemsize for info in floats), default=2)
     output = host.checkpoint.bytes + sum(info.weights * max(0, itemsize - info.dtype.itemsize) for info in floats)
     pruned = {name for name, target in plan.job.targets.items() if target.sparsity}
     blocks = sum(matrix.weights for matrix in plan.matrices if matrix.name in pruned) * itemsize
+    hidden = _hidden_bytes(host, tokens.tokens if tokens else 0)
     return output + blocks + hidden * (2 if plan.job.reconstruct else 1)
+
+
+def _hidden_bytes(host: DiskHost, count: int) -> int:
+    return 2 * count * int(host.model.config.get_text_config().hidden_size) * 4
 
 
 def _share_of_tokens(matrix: Matrix, config: Any) -> float:

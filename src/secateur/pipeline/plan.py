@@ -201,7 +201,9 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
 def announce(plan: Plan) -> None:
     """Say before the work begins what is going to be pruned, and what that is known to cost."""
     if plan.record["preset"]:
-        after = ", blocks reconstructed" if plan.record["reconstruct"] else ""
+        found = plan.record["allocation_found"]
+        after = f", allocation {found['name']}" if found else ""
+        after += ", blocks reconstructed" if plan.record["reconstruct"] else ""
         log.info("preset %s: method %s%s", plan.record["preset"], plan.record["method"], after)
     if plan.record["allocation"] != "uniform":
         for block in sorted({m.block for m in plan.matrices}):

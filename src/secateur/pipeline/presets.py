@@ -17,8 +17,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"method": "alps", "reconstruct": True},
 }
 ALLOCATING = ("balanced", "best")
-MUCH = 0.6  # sparsity from which they allocate: below, no allocation helps
-BEST_ALLOCATION = "linear"
+MUCH = 0.6  # sparsity from which presets in ALLOCATING allocate: below, no allocation helps
+ALLOCATION = "linear"
 
 
 def chosen(
@@ -41,7 +41,7 @@ def chosen(
     wished = {"method": DEFAULT_METHOD, "reconstruct": False, "allocation": "uniform", **PRESETS.get(preset or "", {})}
     if preset in ALLOCATING and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
         free = not pattern or parse_pattern(pattern).fixed_sparsity is None
-        wished["allocation"] = BEST_ALLOCATION if free else "uniform"
+        wished["allocation"] = ALLOCATION if free else "uniform"
     if update is not None:
         wished["method"] = parts_of(wished["method"])[0][0]  # the stages asked for stand in place of its own
     given = {"method": method, "reconstruct": reconstruct, "allocation": allocation}

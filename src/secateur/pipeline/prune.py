@@ -23,7 +23,7 @@ from ..progress import Progress
 from .allocating import known_plans, with_allocation
 from .calibration import Tokens
 from .disk_run import DiskRun
-from .estimate import estimate
+from .estimate import disk_bytes, estimate
 from .files import check_room, write_text
 from .loop import Job, prune_blocks
 from .machine import choose_device, peak_memory_bytes, threads
@@ -133,8 +133,7 @@ def _run(
     describe: Describe | None,
     started: float,
 ) -> dict[str, Any]:
-    needed = estimate(plan, host, tokens)["estimate"]["disk_bytes"]
-    check_room(run.path, 0 if run.blocks else needed, "this run")
+    check_room(run.path, 0 if run.blocks else disk_bytes(plan, host, tokens), "this run")
     before = evaluated(run, plan.record, "before", source.directory, evaluate)
     results = DiskRun(run, host, plan.record["format"], plan.record["values"])
     if results.done:

@@ -59,6 +59,7 @@ def shrink_checkpoint(
     Returns:
         The report, equal to ``secateur.json``.
     """
+    started = time.perf_counter()
     request.check()
     path = locate(model, request.trust_remote_code)
     check_output(output, path, overwrite)
@@ -74,13 +75,17 @@ def shrink_checkpoint(
             run.forget()
             return finished
         run.begin(shrinking.plan)
-        return _run(run, shrinking, path, evaluate, describe)
+        return _run(run, shrinking, path, evaluate, describe, started)
 
 
 def _run(
-    run: RunDirectory, shrinking: Shrinking, path: Path, evaluate: Evaluate | None, describe: Describe | None
+    run: RunDirectory,
+    shrinking: Shrinking,
+    path: Path,
+    evaluate: Evaluate | None,
+    describe: Describe | None,
+    started: float,
 ) -> dict[str, Any]:
-    started = time.perf_counter()
     source, progress = shrinking.source, shrinking.progress
     needed = 3 * source.bytes + shrinking.hidden_bytes
     check_room(run.path, 0 if run.journal else needed, "this run")
