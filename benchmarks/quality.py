@@ -5,7 +5,7 @@
 
 DATA holds `c4_docs.jsonl` (to calibrate) and `wiki.test.raw` (to measure), and for the second model its directory
 `stories`, made by `benchmarks/stories.py`. A row that is in OUTPUT/rows.jsonl is not measured again, and a row that was
-killed goes on. On two threads of a CPU a row takes 4 to 8 minutes, with reconstruction half an hour.
+killed goes on. On two threads of a CPU a row takes 4 to 8 minutes, with reconstruction 20 to 30.
 """
 
 import argparse
