@@ -402,7 +402,7 @@ def test_what_only_python_can_give_has_no_command(changes):
 
 def test_defaults_are_those_of_prune():
     request, prune = vars(Request()), inspect.signature(secateur.prune).parameters
-    found = {"search", "allocation_found"}  # on the way, and no options
+    found = {"search", "allocation_found", "allocation_seconds"}  # on the way, and no options
     unset = dict.fromkeys(("method", "allocation", "reconstruct"))  # which a preset may decide
     assert {key: prune[key].default for key in request if key not in found} == {
         key: value for key, value in {**request, **unset}.items() if key not in found
