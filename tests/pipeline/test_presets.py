@@ -33,12 +33,13 @@ def test_what_is_given_wins(preset):
     [
         ({"sparsity": 0.7}, "linear"), ({"sparsity": 0.6, "pattern": "row"}, "linear"), ({"sparsity": 0.5}, "uniform"),
         ({"sparsity": 0.96}, "uniform"), ({"sparsity": "0.7"}, "linear"), ({}, "uniform"),
-        ({"pattern": "1:4"}, "uniform"), ({"sparsity": 0.7, "allocation": "uniform"}, "uniform"),
+        ({"sparsity": 0.7, "reconstruct": True}, "uniform"), ({"pattern": "1:4"}, "uniform"),
+        ({"sparsity": 0.7, "allocation": "uniform"}, "uniform"),
     ],
 )  # fmt: skip
-def test_the_better_presets_allocate_from_60_percent_on(options, allocation):
-    assert asked("best", **options)["allocation"] == asked("balanced", **options)["allocation"] == allocation
-    assert asked("fast", **options)["allocation"] == "uniform"
+def test_balanced_allocates_from_60_percent_on(options, allocation):
+    assert asked("balanced", **options)["allocation"] == allocation
+    assert asked("best", **options)["allocation"] == asked("fast", **options)["allocation"] == "uniform"
 
 
 def test_an_update_follows_the_method():

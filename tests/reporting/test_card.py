@@ -414,6 +414,7 @@ def test_defaults_are_those_of_prune():
 LINEAR = {"allocation": {"0": 0.4}, "allocation_found": {"name": "linear", "mean": 0.5}}
 BEST = {"preset": "best", "reconstruct": asdict(Reconstruction(seed=0)), "sparsity": 0.7}
 BEST |= {"method": PRESETS["best"]["method"], "pattern": "matrix"}  # as ALPS chooses
+BALANCED = {**BEST, "preset": "balanced", "reconstruct": None}
 
 
 @pytest.mark.parametrize(
@@ -423,11 +424,13 @@ BEST |= {"method": PRESETS["best"]["method"], "pattern": "matrix"}  # as ALPS ch
         ({"reconstruct": {**BEST["reconstruct"], "seed": 7}, "calibration": {**PLAN["calibration"], "seed": 7}},
          "--seed 7 --reconstruct"),
         ({"preset": "fast"}, "--preset fast"),
-        ({**BEST, **LINEAR}, "--preset best --sparsity 0.7"),
-        (BEST, "--preset best --sparsity 0.7 --allocation uniform"),
+        ({**BEST, **LINEAR}, "--preset best --sparsity 0.7 --allocation linear"),
+        (BEST, "--preset best --sparsity 0.7"),
+        ({**BALANCED, **LINEAR}, "--preset balanced --sparsity 0.7"),
+        (BALANCED, "--preset balanced --sparsity 0.7 --allocation uniform"),
         ({**BEST, "sparsity": 0.5}, "--preset best"),
         ({**BEST, "pattern": "2:8", "sparsity": 0.75}, "--preset best --pattern 2:8"),
-        ({**BEST, "method": "wanda", "pattern": "row", **LINEAR}, "--preset best --method wanda --sparsity 0.7"),
+        ({**BEST, "method": "wanda", "pattern": "row"}, "--preset best --method wanda --sparsity 0.7"),
         # What no option can take away from a preset is made without it.
         ({**BEST, **LINEAR, "reconstruct": None}, f"--method {BEST['method']} --sparsity 0.7 --allocation linear"),
     ],

@@ -16,8 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "alps"},
     "best": {"method": "alps", "reconstruct": True},
 }
-ALLOCATING = ("balanced", "best")
-MUCH = 0.6  # sparsity from which presets in ALLOCATING allocate: below, no allocation helps
+MUCH = 0.6  # sparsity from which `balanced` allocates: below, no allocation helps; before reconstruction it harms
 ALLOCATION = "linear"
 
 
@@ -39,7 +38,7 @@ def chosen(
     if preset is not None and preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}: {nearest(preset, PRESETS)}")
     wished = {"method": DEFAULT_METHOD, "reconstruct": False, "allocation": "uniform", **PRESETS.get(preset or "", {})}
-    if preset in ALLOCATING and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
+    if preset == "balanced" and not reconstruct and MUCH <= check_sparsity(sparsity or 0.0, "sparsity") <= MOST:
         free = not pattern or parse_pattern(pattern).fixed_sparsity is None
         wished["allocation"] = ALLOCATION if free else "uniform"
     if update is not None:
