@@ -53,7 +53,9 @@ def runs():
                 yield "text", f"{method}, {goal}, {samples} rows", {**asked, "method": method, "samples": samples}
         for rule in ("linear", "owl", "alpha"):
             yield "allocation", f"wanda+pcg, {rule}, {goal}", {**asked, "method": "wanda+pcg", "allocation": rule}
-        yield "allocation", f"alps, linear, {goal}", {**asked, "method": "alps", "allocation": "linear"}
+        by_depth = {**asked, "method": "alps", "allocation": "linear"}
+        yield "allocation", f"alps, linear, {goal}", by_depth
+        yield "allocation", f"alps + reconstruct, linear, {goal}", {**by_depth, "reconstruct": True}
         for seed in SEEDS.get(goal, (0,)):
             yield "best", f"best, {goal}, seed {seed}", {**asked, "preset": "best", "seed": seed}
 
