@@ -221,7 +221,7 @@ def announce(plan: Plan) -> None:
             "wanda+pcg and 64 with --preset best at 2:4, to 63 and 50 at 8:16 (WikiText-2, window 512)",
             pattern,
         )
-    elif not isinstance(pattern, NM) and plan.mean_sparsity > 0.6:
+    elif not isinstance(pattern, NM) and round(plan.mean_sparsity, 6) > 0.6:
         log.warning(
             "sparsity %.2f in one shot costs much quality: LLaMA-2-7B goes from perplexity 5.5 to 10.8 with Wanda "
             "and 9.4 with ALPS at 0.6, and to 76 and 19 at 0.7 (published, WikiText-2, window 2048)",
