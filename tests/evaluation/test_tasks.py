@@ -398,6 +398,17 @@ def test_rows_need_not_have_the_same_fields(tmp_path):
     assert list(task_files._dataset(tmp_path / "some.jsonl", "some")) == [{"a": 1, "b": None}, {"a": 2, "b": 3}]
 
 
+def test_a_task_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"a": 1}\r\n{"a": 2}', encoding="utf-8-sig")
+    assert list(task_files._dataset(tmp_path / "some.jsonl", "some")) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_task_file_that_was_not_fetched(tmp_path):
+    (tmp_path / "some.jsonl").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(DataError, match=r"some\.jsonl: a pointer of Git LFS .* git lfs pull"):
+        task_files._dataset(tmp_path / "some.jsonl", "some")
+
+
 def test_files_that_are_no_text(tmp_path):
     (tmp_path / "arc_easy.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"arc_easy\.jsonl: is not UTF-8 text"):

@@ -76,10 +76,11 @@ def test_strings_are_cut_at_seqlen_or_the_context(tokens, tokenizer):
     assert lists(tokens([LONG], seqlen=10)) == [whole[:10]]
 
 
-def test_strings_without_tokens_are_left_out(tokens, tokenizer):
+def test_strings_without_tokens_are_left_out(tokens, tokenizer, messages):
     no_bos = json.dumps({**json.loads(tokenizer.backend_tokenizer.to_str()), "post_processor": None})
     bare = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer.from_str(no_bos))
     assert len(tokens(["", "A good cut.", ""], tokenizer=bare).rows) == 1
+    assert "the given strings: 2 of 3 have no tokens and are skipped" in messages
     with pytest.raises(DataError, match="no tokens"):
         tokens(["", ""], tokenizer=bare)
 
@@ -241,7 +242,7 @@ HOSTILE = {
     "numbers": [1, 2, 3],
     "mixed": ["a", torch.arange(4)],
     "mapping": {"text": "a"},
-    "records without a field": [{"body": "a"}],
+    "records without a field": [{"title": "a", "body": "b"}],
     "rows and texts": [{"text": "a"}, {"input_ids": [4]}],
     "id outside the vocabulary": torch.full((2, 5), 128),
     "negative id": torch.full((2, 5), -1),
@@ -249,7 +250,7 @@ HOSTILE = {
     "longer than the context": torch.full((2, 65), 5),
     "ids are a string": [{"input_ids": "abc"}],
     "ids are a number": [{"input_ids": 5}],
-    "ids are nested": [{"input_ids": [[4, 5, 6]]}],
+    "ids are nested too deep": [{"input_ids": [[[4, 5, 6]]]}],
     "ids are fractions": [{"input_ids": [4.5, 5.5]}],
     "ids are huge": [{"input_ids": [2**70]}],
     "text is null": [{"text": None}] * 3,
@@ -288,9 +289,10 @@ def test_windows_cover_the_text_without_overlap(tokenizer, config, text_file):
     assert evaluation_windows(text_file, tokenizer, config, None, None).seqlen == CONTEXT
 
 
-def test_windows_of_rows(tmp_path, tokenizer, config):
+def test_windows_of_rows(tmp_path, tokenizer, config, messages):
     (tmp_path / "rows.jsonl").write_text('{"input_ids": [5, 6, 7]}\n{"input_ids": [8]}\n{"input_ids": [9, 10]}')
     found = evaluation_windows(str(tmp_path / "rows.jsonl"), None, config, None, None)
     assert lists(found) == [[5, 6, 7], [9, 10]]  # one token predicts nothing
+    assert messages == ["rows.jsonl: 1 of 3 rows hold no token to predict and are skipped"]
     with pytest.raises(OptionError, match="windows 3"):
         evaluation_windows(str(tmp_path / "rows.jsonl"), None, config, None, 3)

@@ -9,7 +9,9 @@ import datasets
 import pytest
 
 from secateur.errors import DataError
-from secateur.pipeline.sources import SOTU_TEST, SOTU_TRAIN, from_records, read_source
+from secateur.pipeline.chats import Chat
+from secateur.pipeline.records import from_records
+from secateur.pipeline.sources import SOTU_TEST, SOTU_TRAIN, read_source
 
 
 def write(path, content):
@@ -93,13 +95,13 @@ def test_records(tmp_path, kind, form):
     else:
         lines = [json.dumps(record, ensure_ascii="raw" not in form) for record in records]
         corpus = read_source(write(tmp_path / "a.jsonl", "\n".join(lines) + "\n\n"), "train")
-    found = corpus.rows if kind == "input_ids" else corpus.texts
+    found = corpus.rows or [text.messages if isinstance(text, Chat) else text for text in corpus.texts]
     assert found == [record[kind] for record in records]
     assert (corpus.rows is None) == (kind != "input_ids")
 
 
 def test_messages_come_before_text():
-    assert from_records([{"text": "a", "messages": [{"role": "user"}]}], "x").texts == [[{"role": "user"}]]
+    assert from_records([{"text": "a", "messages": [{"role": "user"}]}], "x").texts == [Chat([{"role": "user"}])]
 
 
 HOSTILE = {
@@ -112,7 +114,7 @@ HOSTILE = {
     "broken.jsonl": '{"text": "a"}\n{"text": ',
     "list.jsonl": "[1, 2]",
     "number.jsonl": "5",
-    "other.jsonl": '{"body": "a"}',
+    "other.jsonl": '{"title": "a", "body": "b"}',
     "mixed.jsonl": '{"text": "a"}\n{"input_ids": [1]}',
     "table.csv": "text\na\n",
     "garbage.parquet": b"PAR1 and nothing more",

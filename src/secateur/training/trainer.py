@@ -20,12 +20,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from ..errors import OutputError
 from ..models.source import first_line
+from ..pipeline.records import IGNORED
 from ..progress import Progress
 from .callbacks import FollowCourse
 
 WEIGHTS = "changing.safetensors"
 STATE = "trainer_state.json"
-IGNORED = -100  # label of what is no prediction
+
+Row = tuple[Tensor, Tensor]  # token ids, and what is learnt of them
 
 
 class DivergedError(Exception):
@@ -129,11 +131,14 @@ def distance(known_BTV: Tensor, own_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return nn.functional.kl_div(own, known, reduction="batchmean", log_target=True)
 
 
-def collate(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Make a batch of rows of token ids; shorter ones are filled up, and what fills them counts nowhere."""
-    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    labels = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=IGNORED)
-    return {"input_ids": ids, "labels": labels, "attention_mask": (labels != IGNORED).long()}
+    pad = nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([ids for ids, _ in rows], batch_first=True),
+        "labels": pad([labels for _, labels in rows], batch_first=True, padding_value=IGNORED),
+        "attention_mask": pad([torch.ones_like(ids) for ids, _ in rows], batch_first=True),
+    }
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -150,7 +155,7 @@ def number(checkpoint: Path) -> int:
 def trainer_state(folder: Path) -> dict[str, Any] | None:
     """Return what a trainer's checkpoint says of its course; None if it is not whole."""
     try:
-        return dict(json.loads((folder / STATE).read_text()))
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 
