@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import ModelError, OptionError
 from ..models.formats import DTYPES, MAX_M, VALUES, Packing, pack
+from ..models.in_memory import eager
 from . import kernels
 from .kernels import KernelMatrix
 from .linear import KernelLinear, PackedLinear, UnpackedLinear
@@ -43,7 +44,10 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
 
     Raises:
         OptionError: an option that does not exist, or no matrix can run with 8-bit activations.
+        ModelError: it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{type(model).__name__}: is no model; give one that was loaded from a packed checkpoint")
     of = "prefer" if prefer else VARIABLE
     prefer = prefer or os.environ.get(VARIABLE) or "speed"
     if prefer not in PREFERENCES:
@@ -57,6 +61,12 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
         )
     for layer in fitting:
         layer.activations = activations
+    with eager(model):
+        _arrange(model, prefer)
+    return arrangement(model)
+
+
+def _arrange(model: nn.Module, prefer: str) -> None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)  # that the model computes in
     exchanged: dict[nn.Module, nn.Module] = {}  # a layer may stand in several places
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -74,7 +84,6 @@ def optimize(model: nn.Module, *, prefer: str | None = None, activations: str | 
         elif type(module) in (nn.Linear, KernelLinear):
             module.__class__ = KernelLinear if _our_dense_is_faster(module) else nn.Linear
             module.__dict__.pop("_kernel", None)  # which cannot be copied
-    return arrangement(model)
 
 
 def arrangement(model: nn.Module) -> dict[str, Any]:
@@ -137,7 +146,7 @@ def measured(kernel: KernelMatrix, packing: Packing | None, dtype: torch.dtype) 
 
 def _in_turn(*functions: Callable[[], Tensor]) -> list[float]:
     seconds: list[list[float]] = [[] for _ in functions]
-    other = torch.ones(EVICTED_BYTES // 4, device="cpu")
+    other = torch.ones(EVICTED_BYTES // 4, dtype=torch.float32, device="cpu")
     for _ in range(MEASUREMENTS + 1):
         for function, taken in zip(functions, seconds, strict=True):
             other.sum()

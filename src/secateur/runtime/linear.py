@@ -166,9 +166,10 @@ class PackedLinear(nn.Module):
         self._kernel = self._offsets = None
 
     def extra_repr(self) -> str:
-        """Shape and format, for printing."""
+        """Shape and format, for printing; peft shows it where it refuses a layer."""
         values = ", int8" if self.packing.values == "int8" else ""
-        return f"{self.in_features}, {self.out_features}, {self.packing.format}{values}, bias={self.bias is not None}"
+        shape = f"{self.in_features}, {self.out_features}, {self.packing.format}{values}, bias={self.bias is not None}"
+        return f"{shape}, dense by: secateur unpack"
 
 
 # A compiled graph calls a layer by its number, since it cannot hold what is no tensor.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -16,11 +17,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ModelError
 from ..models.checkpoint import QUANT_METHOD, VERSION, parse_packings
-from ..models.formats import DTYPES, Packing
+from ..models.formats import DTYPES, Packing, unpack
 from ..models.memory import give_back_memory, large_tensors_apart
 from ..models.shards import Info, PackedInfo, read_header, read_parts, with_packed
 from .arrangement import optimize, repack
-from .linear import PackedLinear, UnpackedLinear
+from .linear import KernelLinear, PackedLinear, UnpackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +92,22 @@ class SecateurQuantizer(HfQuantizer):
         self.quantization_config.matrices = {name: packing.to_json() for name, packing in packings.items()}
         return (model.state_dict() | state if state else None), {}
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Put dense layers in the place of packed ones, with exactly their weights; all can be trained."""
+        now = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        made: dict[nn.Module, nn.Module] = {}  # a layer may stand in several places
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(module, (PackedLinear, UnpackedLinear)):
+                made[module] = made.get(module) or _dense(module, dtype or now)
+                model.set_submodule(name, made[module])
+            elif type(module) is KernelLinear:
+                module.__class__ = nn.Linear  # type: ignore[assignment]
+                module.__dict__.pop("_kernel", None)
+        for parameter in model.parameters():
+            if dtype is not None and parameter.dtype == now:
+                parameter.data = parameter.data.to(dtype)
+        return model
+
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
         return True
@@ -99,6 +116,21 @@ class SecateurQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights cannot be trained."""
         return False
+
+
+def _dense(module: PackedLinear | UnpackedLinear, dtype: torch.dtype) -> nn.Module:
+    """The layer that a packed one was made of."""
+    from transformers.pytorch_utils import Conv1D  # here, since this module is loaded in the midst of their import
+
+    weight = unpack(module.packing_now(), module.parts) if isinstance(module, PackedLinear) else module.weight.detach()
+    rows, columns = weight.shape
+    with torch.device("meta"):
+        of_gpt2 = module.packing.transposed
+        dense = Conv1D(rows, columns) if of_gpt2 else nn.Linear(columns, rows, bias=module.bias is not None)
+    dense.weight = nn.Parameter((weight.T if of_gpt2 else weight).to(dtype).contiguous())
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype))
+    return dense.train(module.training)
 
 
 def _check_names(model: PreTrainedModel, found: dict[str, Info], targets: dict[str, str]) -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import NumericsError, OptionError
+from ..errors import ModelError, NumericsError, OptionError
+from ..models.in_memory import eager, model_in_memory, refuse_adapters
 from ..models.live_host import LiveHost
 from ..models.matrices import Matrix, watching
 from ..pipeline.plan import Request, make_plan
@@ -63,8 +64,11 @@ class Gradual:
         request.check()
         self.method, self.score = request.parsed_method, scored(request.parsed_method, steps)
         check_course(request, steps, initial, every)
-        self.model, self.masks = model, Masks.of_matrices(model)
-        plan = make_plan(request, LiveHost(model), {"name": model.name_or_path, "digest": None}, None)
+        refuse_adapters(model)
+        self.model, self.masks = model_in_memory(model), Masks.of_matrices(model)
+        with eager(self.model):
+            facts = {"name": self.model.name_or_path, "digest": None}
+            plan = make_plan(request, LiveHost(self.model), facts, None)
         self.targets: dict[str, Target] = {n: t for n, t in plan.job.targets.items() if t.sparsity}
         self.matrices: dict[str, Matrix] = {n: m for n, m in model_matrices(model).items() if n in self.targets}
         self.initial, self.schedule, self.every = initial, parse_schedule(schedule), every
@@ -98,6 +102,11 @@ class Gradual:
             return False
         progress = self.schedule(step / self.last) if 0 < step < self.last else float(step == self.last)
         found = {name: self._statistics(name) for name in self.targets}
+        if step and not any(found.values()):
+            raise ModelError(
+                f"no matrix saw an input in {step} steps; code that torch compiled before shows none: call "
+                "torch._dynamo.reset() first, or take method magnitude"
+            )
         if step == self.last and (unseen := [name for name, statistics in found.items() if statistics is None]):
             others = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
             log.warning("%s%s: saw no input in training; pruned by magnitude", unseen[0], others)
@@ -205,7 +214,7 @@ def gradual(
     seen none before the first step, so its first masks come with the second.
 
     Args:
-        model: in memory, pruned in place; zeros that it has are kept.
+        model: in memory, pruned in place; zeros that it has are kept. It may be wrapped (torch.compile, DDP).
         final: fraction of weights removed at the end; None is 0.5, or what an N:M pattern implies.
         initial: fraction removed at the first step.
         steps: how many steps the loop takes.

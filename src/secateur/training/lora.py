@@ -15,7 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, OptionError
 from ..models.anatomy import find_blocks
+from ..models.in_memory import eager, model_in_memory, refuse_adapters
 from .masks import check_trainable, model_matrices
+from .merging import merge_lora
+
+__all__ = ["masked_lora", "merge_lora"]
 
 INSTALL_PEFT = "pip install peft"
 
@@ -26,7 +30,7 @@ def masked_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int | None = N
     Fused experts get none.
 
     Args:
-        model: in memory.
+        model: in memory; it may be wrapped (torch.compile, DDP).
         rank: of the adapters.
         alpha: the adapters' product is scaled by alpha / rank; None is twice the rank.
 
@@ -35,12 +39,23 @@ def masked_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int | None = N
 
     Raises:
         OptionError: peft is missing, or the rank cannot be.
-        ModelError: no matrix can carry an adapter.
+        ModelError: no matrix can carry an adapter, or the model has adapters already.
     """
     if rank < 1:
         raise OptionError(f"rank {rank}: at least 1 is needed")
-    peft = _peft()
+    peft = need_peft()
+    refuse_adapters(model)
+    model = model_in_memory(model)
     check_trainable(model)
+    with eager(model):
+        _put_beside(model, rank, alpha, peft)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # in 16 bits W + B A would often be just 0
+    return model
+
+
+def _put_beside(model: PreTrainedModel, rank: int, alpha: int | None, peft: Any) -> None:
     path, blocks = find_blocks(model)
     chosen = {name: m for name, m in model_matrices(model).items() if m.expert is None and _is_linear(m.module)}
     if not chosen:
@@ -58,32 +73,6 @@ def masked_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int | None = N
     model.requires_grad_(requires_grad=False)
     # Of the blocks alone: of a whole mixture peft would take names of dense layers for names of experts.
     peft.inject_adapter_in_model(config, blocks)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # in 16 bits W + B A would often be just 0
-    return model
-
-
-def merge_lora(model: Any) -> PreTrainedModel:
-    """Merge the adapters in a model, or in a ``peft.PeftModel``, and keep every zero of its weights.
-
-    With adapters of `masked_lora` the merged model computes the same; with others, what they gave through masked
-    weights is lost.
-
-    Raises:
-        ModelError: there are no adapters of LoRA in it.
-    """
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = {n: m for n, m in base.named_modules() if hasattr(m, "get_base_layer") and hasattr(m, "merge")}
-    if not layers:
-        raise ModelError(f"{type(model).__name__}: has no adapters of LoRA that could be merged")
-    for name, layer in layers.items():
-        linear = layer.get_base_layer()
-        gone = linear.weight.detach() == 0
-        layer.merge()
-        linear.weight.data.masked_fill_(gone, 0)
-        base.set_submodule(name, linear)
-    return base
 
 
 def _is_linear(module: Any) -> bool:
@@ -98,7 +87,8 @@ def _is_linear(module: Any) -> bool:
         return False
 
 
-def _peft() -> Any:
+def need_peft() -> Any:
+    """Return the library peft; OptionError if it is not installed."""
     try:
         import peft
     except ImportError:

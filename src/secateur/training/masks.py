@@ -7,18 +7,20 @@ an optimiser may hold momentum of a time before the mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, OptionError, nearest
 from ..models.anatomy import find_blocks
 from ..models.checkpoint import QUANT_METHOD
+from ..models.in_memory import eager, model_in_memory, names_of, refuse_quantised
 from ..models.matrices import Matrix, matrices
 
 FEWEST_ZEROS = 0.01  # of a model's matrices: below, they are zeros by chance, as in any checkpoint of 8 or 16 bits
@@ -36,29 +38,30 @@ class Masks:
         """Mask parameters of a model, and clear what is masked.
 
         Args:
-            model: in memory, not packed.
+            model: in memory, not packed; it may be wrapped, and have adapters.
             keep: for names of parameters (``model.layers.0.mlp.up_proj.weight``) a boolean tensor of the parameter's
-                own shape, True = keep.
+                own shape, True = keep. The name that a weight has without adapters, or compiling, will do.
 
         Raises:
             OptionError: a mask does not fit.
             ModelError: the model cannot be trained.
         """
-        parameters = dict(model.named_parameters())
         check_trainable(model)
+        known = names_of(model)
         self.parameters: dict[str, nn.Parameter] = {}
         self._bits: dict[str, Tensor] = {}
         for name, mask in keep.items():
-            if name not in parameters:
-                raise OptionError(f"mask {name!r}: is no parameter of the model; {nearest(name, parameters)}")
-            parameter = parameters[name]
-            if mask.dtype != torch.bool or mask.shape != parameter.shape:
-                raise OptionError(
-                    f"mask {name!r}: must be boolean {list(parameter.shape)}, and is "
-                    f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
-                )
-            self.parameters[name] = parameter
-            self._bits[name] = mask.to(parameter.device).to(torch.int8).neg_()
+            if name not in known:
+                raise OptionError(f"mask {name!r}: is no parameter of the model; {nearest(name, known)}")
+            for own, parameter in known[name].items():
+                if mask.dtype != torch.bool or mask.shape != parameter.shape:
+                    raise OptionError(
+                        f"mask {name!r}: must be boolean {list(parameter.shape)}, and is "
+                        f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+                    )
+                self.parameters[own] = parameter
+                self._bits[own] = mask.to(parameter.device).to(torch.int8).neg_()
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.apply()
 
     @classmethod
@@ -71,7 +74,7 @@ class Masks:
         masks = cls.of_matrices(model)
         if masks.sparsity < FEWEST_ZEROS:
             raise ModelError(
-                f"{model.name_or_path or type(model).__name__}: {masks.sparsity:.2%} of its matrices' weights are "
+                f"{_called(model_in_memory(model))}: {masks.sparsity:.2%} of its matrices' weights are "
                 "zero, so there are no zeros to keep; prune it first, or prune it on the way (sparsity)"
             )
         return masks
@@ -110,9 +113,12 @@ class Masks:
 
     def apply(self) -> None:
         """Clear every masked weight."""
-        for name, parameter in self.parameters.items():
-            self._follow(name, parameter)
-            _clear(parameter, self._bits[name])
+        self._apply(self.parameters)
+
+    def _apply(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._follow(name, self.parameters[name])
+            _clear(self.parameters[name], self._bits[name])
 
     def _follow(self, name: str, parameter: nn.Parameter) -> None:
         if self._bits[name].device != parameter.device:  # a trainer moved the model
@@ -125,9 +131,10 @@ class Masks:
 
     @contextmanager
     def held(self) -> Iterator[Masks]:
-        """Clear gradients of masked weights as they come, and the weights after every step of whatever optimiser.
+        """Clear gradients of masked weights as they come, and the weights after every step of an optimiser of theirs.
 
-        An optimiser that is no `torch.optim.Optimizer` is not noticed: call `apply` after its steps.
+        An optimiser's step clears what that optimiser holds: other weights may be in use, if it takes its step in the
+        midst of backward. One that is no `torch.optim.Optimizer` is not noticed: call `apply` after its steps.
 
         >>> import torch, transformers, secateur
         >>> config = transformers.LlamaConfig(
@@ -145,19 +152,31 @@ class Masks:
             for name, parameter in self.parameters.items()
             if parameter.requires_grad
         ]
-        handles.append(register_optimizer_step_post_hook(lambda *_: self.apply()))
+        handles.append(register_optimizer_step_pre_hook(self._before_step))
+        handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: self._apply(self._of(optimizer))))
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _cleared(self, name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is not None and parameter.grad.shape == self._bits[name].shape:
-                _clear(parameter.grad, self._bits[name].to(parameter.grad.device))
+    def _of(self, optimizer: Optimizer) -> list[str]:
+        """The names of the masked parameters that an optimiser holds."""
+        held = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        return [self._names[key] for key in held if key in self._names]
 
-        return hook
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Clear the gradients of a step in the midst of backward: its hook may have come before ours."""
+        if torch._C._current_graph_task_id() != -1:
+            for name in self._of(optimizer):
+                self._clear_gradient(name, self.parameters[name])
+
+    def _cleared(self, name: str) -> Callable[[Tensor], None]:
+        return lambda parameter: self._clear_gradient(name, parameter)
+
+    def _clear_gradient(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.shape == self._bits[name].shape:
+            _clear(parameter.grad, self._bits[name].to(parameter.grad.device))
 
 
 def _clear(values: Tensor, bits: Tensor) -> None:
@@ -167,15 +186,17 @@ def _clear(values: Tensor, bits: Tensor) -> None:
 
 def model_matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     """Return the matrices of all blocks of a model in memory, by name; those of adapters are none of the model's."""
-    path, blocks = find_blocks(model)
-    found = {n: m for index, block in enumerate(blocks) for n, m in matrices(block, f"{path}.{index}").items()}
-    own = {id(module) for module in blocks.modules()} - set(map(id, _adapters(blocks)))
-    return {name: matrix for name, matrix in found.items() if id(matrix.module) in own}
+    model = model_in_memory(model)
+    with eager(model):
+        path, blocks = find_blocks(model)
+        found = {n: m for index, block in enumerate(blocks) for n, m in matrices(block, f"{path}.{index}").items()}
+        beside = set(map(id, beside_layers(blocks)))
+    return {name: matrix for name, matrix in found.items() if id(matrix.module) not in beside}
 
 
-def _adapters(blocks: nn.ModuleList) -> Iterator[nn.Module]:
-    """The layers that peft has put beside those of a model."""
-    for layer in blocks.modules():
+def beside_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that peft has put beside a model's layers: not the layers, nor copies of them that are trained."""
+    for layer in model.modules():
         if hasattr(layer, "base_layer"):
             yield from (m for name, m in layer.named_modules() if name and name.split(".")[0] != "base_layer")
 
@@ -184,13 +205,14 @@ def check_trainable(model: PreTrainedModel) -> None:
     """Refuse a model whose matrices no optimiser can take steps on.
 
     Raises:
-        ModelError: it is packed, on no device, or in a dtype in which small steps vanish.
+        ModelError: it is packed or quantised, on no device, or in a dtype in which small steps vanish.
     """
-    name = model.name_or_path or type(model).__name__
+    model = model_in_memory(model)
     if getattr(model, "quantization_method", None) == QUANT_METHOD:
         raise ModelError(
-            f"{name}: is packed, and packed weights cannot be trained; secateur finetune takes its directory"
+            f"{_called(model)}: is packed, and packed weights cannot be trained; secateur finetune takes its directory"
         )
+    refuse_quantised(model)
     for matrix in model_matrices(model).values():
         weight = matrix.weight
         if weight.device.type == "meta":
@@ -203,3 +225,7 @@ def check_trainable(model: PreTrainedModel) -> None:
                 f"{matrix.parameter}: is {kind}, in which training fails (its steps vanish or overflow); load the "
                 "model with dtype=torch.float32"
             )
+
+
+def _called(model: PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__

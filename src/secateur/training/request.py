@@ -10,6 +10,7 @@ from ..errors import OptionError, nearest
 from ..pipeline.plan import MOST_THREADS, Request
 from ..pruning.allocation import Rules
 from .gradual import check_course, scored
+from .lora import need_peft
 from .rounds import check_rounds
 from .schedules import parse_schedule
 
@@ -53,6 +54,8 @@ class FinetuneRequest:
         """Raise OptionError for what can be refused before a model is opened."""
         if self.trained not in TRAIN:
             raise OptionError(f"unknown train {self.trained!r}: {nearest(self.trained, TRAIN)}")
+        if self.trained == "lora":
+            need_peft()
         for name in ("batch_size", "accumulate", "rank", "samples", "eval_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..errors import OptionError
+from ..models.in_memory import eager, model_in_memory, refuse_adapters
 from ..models.live_host import LiveHost
 from ..pipeline.calibration import Tokens
 from ..pipeline.live import LiveRun
@@ -56,10 +57,12 @@ class Rounds:
         """
         check_rounds(rounds, steps)
         check_course(request, steps, initial)
-        self.model, self.request, self.tokens = model, request, tokens
+        refuse_adapters(model)
+        self.model, self.request, self.tokens = model_in_memory(model), request, tokens
         self.rounds, self.initial, self.steps = rounds, initial, steps
         self.masks = Masks.of_matrices(model)
-        plan = make_plan(request, LiveHost(model), {"name": model.name_or_path, "digest": None}, tokens)
+        with eager(self.model):
+            plan = make_plan(request, LiveHost(self.model), {"name": self.model.name_or_path, "digest": None}, tokens)
         self.targets = plan.job.targets
 
     def targets_of(self, number: int) -> dict[str, Target]:
@@ -78,8 +81,7 @@ class Rounds:
         if step not in starts:
             return False
         number = starts.index(step) + 1
-        host = LiveHost(self.model)
-        with host.borrowed(), tempfile.TemporaryDirectory() as folder:
+        with eager(self.model), tempfile.TemporaryDirectory() as folder, (host := LiveHost(self.model)).borrowed():
             stream = Stream(host, self.tokens.rows, Path(folder)) if self.tokens else None
             job = Job(self.request.parsed_method, self.targets_of(number), self.request.propagate)
             prune_blocks(host, job, stream, LiveRun(host), Silent())
