@@ -4,15 +4,17 @@ PYTHON := python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 STAMP := .venv/.setup-stamp
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check families clean
+.PHONY: help setup demo test check coverage families clean
 
 help:
 	@echo 'make setup   create .venv with everything pinned in constraints.txt'
 	@echo 'make demo    prune a small real model and show what came of it'
 	@echo 'make test    run the tests'
-	@echo 'make check   lint, formatting, types and tests with coverage'
+	@echo 'make check   lint, formatting, types and tests'
+	@echo 'make coverage  run the tests, and list the lines that none of them reached'
 	@echo 'make families  try every family of decoders, and list them in the README'
 	@echo 'make clean   remove caches and build products (keeps .venv)'
 
@@ -32,13 +34,16 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TESTS)
 
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=secateur --cov-report=term-missing:skip-covered
+	$(TESTS)
+
+coverage: setup
+	$(TESTS) --cov=secateur --cov-report=term-missing:skip-covered
 
 families: setup
 	PYTHONPATH=tests $(BIN)/python tests/test_families.py

@@ -39,7 +39,7 @@ def pruned(model: Path, output: Path, rows: Path, method: str) -> dict:
 def token_rows(path: Path, samples: int, seqlen: int, vocabulary: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (samples, seqlen), generator=generator).tolist()
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids), encoding="utf-8")
     return path
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import secateur
-import secateur.pruning
 from secateur.pipeline import stream
 
 

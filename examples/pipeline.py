@@ -21,7 +21,7 @@ def main(name, train, test, output, seqlen=128, steps=100):
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
-    ids = tokenizer(Path(train).read_text(), return_tensors="pt").input_ids[0]
+    ids = tokenizer(Path(train).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     rows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
     print("dense    ", perplexity(model))
     secateur.prune(model, method="wanda", pattern="2:4", calibration=rows[:64])

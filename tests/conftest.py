@@ -15,15 +15,39 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
 os.environ["SECATEUR_PREFER"] = "memory"  # tiny matrices run faster dense, and timings must not decide what is tested
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--threads", type=int, default=1, help="torch's threads; tiny matrices are not worth sharing out")
+    parser.addoption(
+        "--other-processor", type=int, metavar="SEED", help="give results other last bits (tests/other_processor.py)"
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
-def few_threads() -> Iterator[None]:
-    """Tiny matrices are not worth sharing out."""
+def processor(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The threads, and the last bits, that this session's results have."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(request.config.getoption("--threads"))
+    seed = request.config.getoption("--other-processor")
+    if seed is not None:
+        from other_processor import install
+
+        other = install(seed)
     yield
+    if seed is not None:
+        other._destroy()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def other_processor() -> Iterator[None]:
+    """Other last bits wherever layout or alignment differ, on this processor too, while the test runs."""
+    from other_processor import install
+
+    other = install(1)
+    yield
+    other._destroy()
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def attempt(log, work, die_at=0):
     said = log.with_suffix(".said")
     if not (child := os.fork()):
         try:
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
             LongFuse(die_at, log).watch(ANYTHING)
             work()
         except BaseException:
@@ -88,7 +88,7 @@ def scenario(model, folder, stride, work, found):
         place = folder / f"run{die_at}"
         place.mkdir()
         os.chdir(place)
-        Path("text.txt").write_text(TEXT * 5)
+        Path("text.txt").write_text(TEXT * 5, encoding="utf-8")
         log = place.with_suffix(".log")
         end = attempt(log, lambda: work(model), die_at)
         points = log.read_text().splitlines()

@@ -82,7 +82,7 @@ def attempt(log, model, output, options, *, die_at=0, kinds=(), prepare=lambda: 
     said = log.with_suffix(".said")
     if not (child := os.fork()):
         try:
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
             prepare()
             Fuse(die_at, log).watch(kinds)
             secateur.prune(model, output, **options)

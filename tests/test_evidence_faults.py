@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch):
     """A directory of the test's own with a text, for relative names; and `main` leaves no trace."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("secateur.pipeline.estimate._operations_per_second", lambda: 1e9)
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     log = logging.getLogger("secateur")
     former = log.handlers, log.level, log.propagate
     yield tmp_path
@@ -100,13 +100,13 @@ def told(run):
 
 def rows_of(folder):
     """The rows of a comparison, but for their times."""
-    rows = json.loads(Path(folder, "comparison.json").read_text())["rows"]
+    rows = json.loads(Path(folder, "comparison.json").read_text(encoding="utf-8"))["rows"]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def measured(folder):
     """What was measured, each line once."""
-    lines = [json.loads(line) for line in Path(folder, "measurements.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(folder, "measurements.jsonl").read_text(encoding="utf-8").splitlines()]
     keys = [json.dumps([line["cell"], line["what"], line["settings"]]) for line in lines]
     assert len(set(keys)) == len(keys)
     return sorted(keys)
@@ -236,7 +236,7 @@ def test_one_calibration_of_two_is_missing(run):
 
 def test_a_text_of_fewer_windows_than_usual(run):
     """40 are taken, or as many as there are; nobody asked for 40."""
-    Path("few.txt").write_text(TEXT)
+    Path("few.txt").write_text(TEXT, encoding="utf-8")
     words = ("compare", "MODEL", "--text", "few.txt", "--seqlen", 16, *FROM, "--methods", "magnitude")
     assert run(*words)[0] == 0
     assert rows_of("comparison")[0]["evaluation"]["windows"] == 12
@@ -244,7 +244,7 @@ def test_a_text_of_fewer_windows_than_usual(run):
 
 def test_the_command_that_is_told_can_be_given(run, model):
     run(*ONE)
-    command = json.loads(Path("comparison/comparison.json").read_text())["command"]
+    command = json.loads(Path("comparison/comparison.json").read_text(encoding="utf-8"))["command"]
     assert command == (
         f"secateur compare {model} --methods magnitude --calibration text.txt --samples 4 --seqlen 16 --text text.txt "
         "--windows 4 --no-record"
@@ -261,9 +261,9 @@ def test_models_of_one_name_are_told_apart(run, model):
         shutil.copytree(model, f"{folder}/tiny")
     paths = [Path(folder, "tiny").resolve() for folder in ("one", "two")]
     run("compare", *paths, *ONE[2:])
-    page = Path("comparison/comparison.md").read_text()
+    page = Path("comparison/comparison.md").read_text(encoding="utf-8")
     assert page.startswith("# 2 models") and all(f"| `{path}` |" in page for path in paths)
-    document = json.loads(Path("comparison/comparison.json").read_text())
+    document = json.loads(Path("comparison/comparison.json").read_text(encoding="utf-8"))
     alone = {**document, "rows": document["rows"][:2]}
     assert comparison_markdown(alone).startswith("# tiny, dense")
 
@@ -274,8 +274,8 @@ def test_models_of_one_name_are_told_apart(run, model):
 def test_somebody_elses_directory(place, told):
     theirs = Path("mine", WORK, "thesis.txt")
     theirs.parent.mkdir(parents=True)
-    theirs.write_text("years of it")
-    Path("mine/lock").write_text("a key")
+    theirs.write_text("years of it", encoding="utf-8")
+    Path("mine/lock").write_text("a key", encoding="utf-8")
     before = everything(place)
     assert "mine: is not empty and holds no measurements.jsonl; choose another" in told(*ONE, "-o", "mine")
     assert "text.txt: is a file; give a directory" in told(*ONE, "-o", "text.txt")
@@ -308,16 +308,16 @@ def test_two_comparisons_in_one_directory(place, run, told):
 def test_damaged_measurements(place, run, told, line):
     run(*ONE)
     path = Path("comparison/measurements.jsonl")
-    sound = path.read_text()
-    path.write_text(sound + line + "\n")
+    sound = path.read_text(encoding="utf-8")
+    path.write_text(sound + line + "\n", encoding="utf-8")
     before = everything(place)
     said = told(*ONE)
     assert f"measurements.jsonl: line {1 + sound.count(chr(10))} is damaged; remove that line" in said
     after = everything(place)
     after.pop("comparison/lock", None)
     assert after == before
-    path.write_text(sound + '{"cell": {"mod')  # a kill tears no more than the last line
-    assert run(*ONE)[0] == 0 and path.read_text() == sound
+    path.write_text(sound + '{"cell": {"mod', encoding="utf-8")  # a kill tears no more than the last line
+    assert run(*ONE)[0] == 0 and path.read_text(encoding="utf-8") == sound
 
 
 # What stops a comparison, and going on.
@@ -415,10 +415,10 @@ def test_a_card_that_cannot_be_written_costs_no_result(run, model, place, monkey
 
 def test_compare_refreshes_the_card_of_a_model_of_ours(run):
     run("prune", "MODEL", "out", "--method", "magnitude")
-    assert "was not measured" in Path("out/README.md").read_text()
+    assert "was not measured" in Path("out/README.md").read_text(encoding="utf-8")
     run("compare", "out", *ONE[2:-1])
     perplexity = rows_of("comparison")[0]["evaluation"]["perplexity"]
-    assert f"{perplexity:.2f}" in Path("out/README.md").read_text()
+    assert f"{perplexity:.2f}" in Path("out/README.md").read_text(encoding="utf-8")
 
 
 # What is shown.
@@ -483,7 +483,7 @@ HOSTILE = "[red]:train:\x1b[31m\u202e"
 
 def test_names_show_only_what_can_be_seen(run, model, capsys):
     shutil.copytree(model, HOSTILE)
-    Path(f"{HOSTILE}.txt").write_text(TEXT * 10)
+    Path(f"{HOSTILE}.txt").write_text(TEXT * 10, encoding="utf-8")
     words = ("--text", f"{HOSTILE}.txt", "--seqlen", 16, "--windows", 4)
     for command in (
         ("eval", HOSTILE, *words, "--against", HOSTILE, "--generations", 1),
@@ -533,9 +533,9 @@ def test_terminal_markdown_and_page_show_what_was_recorded(run):
     """All three against arithmetic of this test's own on the losses that were measured."""
     _, out, _ = run(*ONE, "--methods", "magnitude,wanda", "--sparsities", "0.5,0.7", "--format", "dense")
     run("report", "comparison")
-    page = Path("report.html").read_text()
+    page = Path("report.html").read_text(encoding="utf-8")
     page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " | ", page[page.index(HEADING) :])).replace("\u2212", "-")
-    markdown = Path("comparison/comparison.md").read_text()
+    markdown = Path("comparison/comparison.md").read_text(encoding="utf-8")
     dense, *pruned = rows_of("comparison")
     assert len(pruned) == 4
     for row in pruned:

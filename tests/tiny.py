@@ -92,6 +92,13 @@ def tiny_tokenizer() -> Any:
     return fast
 
 
+def as_read(model: Any) -> Any:
+    """The same model, its parameters as Secateur reads them: aligned, without gradients. The last bits depend on it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return model.requires_grad_(False)
+
+
 def rows(count: int = 6, length: int = 20, seed: int = 0) -> torch.Tensor:
     """Token ids [count, length]."""
     return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(seed))
@@ -120,8 +127,8 @@ def same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; None removes one."""
-    found = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+    found = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not None}), encoding="utf-8")
 
 
 def files_below(directory: Path) -> dict[str, bytes]:

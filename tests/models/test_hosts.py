@@ -11,7 +11,7 @@ from secateur.models.hosts import block_matrices
 from secateur.models.live_host import LiveHost
 from secateur.models.source import open_checkpoint
 from secateur.pruning import SUMSQ, Method
-from tiny import DTYPES, FAMILIES, bytes_of, rows, save_tiny, tensors_of, tiny_model
+from tiny import DTYPES, FAMILIES, as_read, bytes_of, rows, save_tiny, tensors_of, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -38,7 +38,7 @@ def run(host, ids):
 @every_dtype
 def test_blocks_from_disk_are_those_of_the_whole_model(model_directory, family, dtype):
     directory, ids = model_directory(family, dtype), rows(2, 17)
-    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    whole = as_read(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval())
     host = disk(directory)
     for index, real in enumerate(LiveHost(whole).skeleton.real):
         with host.block(index) as block:
@@ -116,7 +116,7 @@ def test_a_head_on_disk_is_used_unless_it_is_tied(tmp_path, config):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     ids = rows(1, 9)
-    whole = AutoModelForCausalLM.from_pretrained(directory).eval()
+    whole = as_read(AutoModelForCausalLM.from_pretrained(directory).eval())
     assert torch.equal(run(disk(directory), ids)[1], whole(ids).logits)
 
 

@@ -1,5 +1,6 @@
 """The same weights, bit for bit, whether a model is pruned on disk or in memory; and all else as in the source."""
 
+import copy
 import json
 import shutil
 
@@ -117,6 +118,35 @@ def test_a_sharded_source_keeps_its_shards(tmp_path, sharded, model_directory):
     assert sorted(p.name for p in out.glob("*.safetensors")) == sorted(p.name for p in sharded.glob("*.safetensors"))
     assert same_bytes(tensors_of(out), tensors_of(whole))
     assert torch.equal(load(out).lm_head.weight, load(whole).lm_head.weight)
+
+
+def lying_anywhere(model, offset):
+    """The same model, in memory that is not aligned, its matrices transposed in it; it wants all gradients."""
+    for parameter in model.parameters():
+        raw = torch.empty(parameter.numel() * parameter.element_size() + 128, dtype=torch.uint8)
+        start = -raw.data_ptr() % 64 + offset
+        laid = raw[start : start + parameter.numel() * parameter.element_size()].view(parameter.dtype)
+        laid = laid.view(parameter.shape[::-1]).permute(*range(parameter.ndim - 1, -1, -1))
+        parameter.data = laid.copy_(parameter.data)
+    return model.requires_grad_(True)
+
+
+@pytest.mark.usefixtures("other_processor")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+def test_it_does_not_matter_where_and_how_a_model_lies_in_memory(tmp_path, family):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = tiny_model(family)
+    model.save_pretrained(source)
+    options = {"method": "sparsegpt", "calibration": rows(6, 24)}
+    secateur.prune(source, out, **options)
+    expected = load(out).state_dict()
+    for offset in (0, 4, 8, 32):
+        live = lying_anywhere(copy.deepcopy(model), offset)
+        strides = [parameter.stride() for parameter in live.parameters()]
+        secateur.prune(live, **options)
+        assert [parameter.stride() for parameter in live.parameters()] == strides
+        assert all(parameter.requires_grad for parameter in live.parameters())
+        assert all(torch.equal(weight, expected[name]) for name, weight in live.state_dict().items())
 
 
 def test_one_shard_with_an_index(tmp_path, model_directory):

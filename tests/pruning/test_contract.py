@@ -120,14 +120,14 @@ def test_permuting_the_rows_permutes_the_result(method, pattern):
     torch.testing.assert_close(moved, pruned[order], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("other_processor")
 @every_method
 @every_pattern
 def test_layout_in_memory_does_not_matter(method, pattern):
     W, x = weights(12, 37), tokens(37)
     pruned, mask = prune(method, W, x, 0.5, pattern)
     strided, strided_mask = prune(method, W.T.contiguous().T, x, 0.5, pattern)
-    assert torch.equal(strided_mask, mask)
-    torch.testing.assert_close(strided, pruned, rtol=1e-4, atol=1e-6)
+    assert torch.equal(strided_mask, mask) and torch.equal(strided, pruned)
 
 
 @every_method
@@ -195,8 +195,7 @@ def test_a_composition_keeps_what_a_method_promises(method, pattern):
             check(W, pruned, mask, sparsity, pattern)
             assert torch.equal(pruned != 0, mask)
             again, again_mask = prune(method, W.T.contiguous().T, x, sparsity, pattern)
-            assert torch.equal(again_mask, mask)
-            torch.testing.assert_close(again, pruned, rtol=1e-3, atol=1e-5)
+            assert torch.equal(again_mask, mask) and torch.equal(again, pruned)
             pruned.fill_(7), mask.fill_(False)
             assert torch.equal(W, before)
 

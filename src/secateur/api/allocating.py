@@ -23,8 +23,10 @@ from ..pruning import parse_pattern
 from ..pruning.allocation import allocate_by_sensitivity, default_target
 from ..reporting.terminal.progress import terminal_progress
 from .places import DEFAULT_TEXT, opened, output_path
+from .undisturbed import undisturbed
 
 
+@undisturbed
 def sensitivity(
     model: str | Path,
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..evaluation.grid import DEFAULT_SPARSITY, OWN, Grid
 from ..evaluation.records import now
 from ..evaluation.speed import Measurement
 from ..evaluation.subject import Conditions
+from ..models.in_memory import is_path, model_name
 from ..pipeline.files import write_text
 from ..pipeline.machine import processor, software
 from ..pipeline.machine import threads as using_threads
@@ -25,10 +26,12 @@ from ..reporting.markdown.comparison import comparison_markdown
 from ..reporting.terminal.progress import terminal_progress
 from .measuring import task_options
 from .places import DEFAULT_TEXT, command_line, note_evaluation, output_path
+from .undisturbed import undisturbed
 
 COMPARISON, MARKDOWN = "comparison.json", "comparison.md"
 
 
+@undisturbed
 def compare(
     models: str | Path | Sequence[str | Path],
     *,
@@ -102,7 +105,8 @@ def compare(
         SecateurError: one line that says what, where, and what to do; of single cells only if all of them failed.
     """
     given = locals()
-    names = list(dict.fromkeys(map(str, [models] if isinstance(models, (str, Path)) else models)))
+    several: Iterable[Any] = models if isinstance(models, Iterable) and not is_path(models) else [models]
+    names = list(dict.fromkeys(map(model_name, several)))
     if not names:
         raise OptionError("models: give at least one")
     command, date = command_line(compare, names, given), now()
@@ -140,6 +144,7 @@ def compare(
         )
 
 
+@undisturbed
 def report(model: str | Path, *, output: str | Path = "report.html") -> Path:
     """Write a page about what was pruned, measured or compared: one HTML file that needs nothing else.
 
@@ -161,7 +166,7 @@ def report(model: str | Path, *, output: str | Path = "report.html") -> Path:
         raise OutputError(f"{target}: is a directory; give a file's name, such as {target / 'report.html'}")
     if target.exists() and not is_page(target):
         raise OutputError(f"{target}: is there and is no page of Secateur's; choose another name")
-    page = render_page(load_records(output_path(model)))
+    page = render_page(load_records(output_path(model_name(model))))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

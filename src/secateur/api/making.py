@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, OptionError
 from ..models.gguf import as_checkpoint
+from ..models.in_memory import is_path, model_in_memory, model_name
 from ..models.source import load_model, load_tokenizer, locate, open_checkpoint
 from ..pipeline.live import prune_live
 from ..pipeline.machine import choose_device
@@ -26,6 +28,7 @@ from ..pruning import Method
 from ..reporting.terminal.progress import terminal_progress
 from .places import measured_on, output_path, write_card
 from .searching import search_path, sought
+from .undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class PruneResult:
     report: dict[str, Any]
 
 
+@undisturbed
 def prune(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | nn.Module,
     output: str | Path | None = None,
     *,
     preset: str | None = None,
@@ -82,7 +86,7 @@ def prune(
     given back.
 
     Args:
-        model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model.
+        model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model, also wrapped (torch.compile, DDP).
         output: directory of the new checkpoint.
         preset: ``fast``, ``balanced`` or ``best``: the method, reconstruction and allocation for so much patience; what
             is given besides wins.
@@ -126,6 +130,7 @@ def prune(
         SecateurError: one line that says what, where, and what to do.
     """
     progress = progress or terminal_progress(lines=False)
+    in_memory = None if is_path(model) else model_in_memory(model)
     choice = chosen(
         preset, method=method, update=update, allocation=allocation, reconstruct=reconstruct, sparsity=sparsity,
         pattern=pattern,
@@ -135,20 +140,18 @@ def prune(
         seed=seed, propagate=propagate, include=include, exclude=exclude, dtype=dtype, device=device,
         threads=threads, evaluate=evaluate, trust_remote_code=trust_remote_code, format=format, values=values,
     )  # fmt: skip
-    if isinstance(model, PreTrainedModel) or output is None:
+    if in_memory is not None or output is None:
         if evaluate or max_loss is not None or dry_run or dtype != "auto" or format != "dense":
             raise OptionError(
                 "evaluate, max_loss, dry_run, dtype and format are for pruning from disk to disk: give a model's name "
                 "and output"
             )
-        if not isinstance(model, PreTrainedModel):
-            live, own = _load(str(model), request)
+        if in_memory is None:
+            model, own = _load(str(model), request)
             tokenizer = tokenizer or own
-        else:
-            live = model
         target = None if output is None else output_path(output)
-        report = prune_live(live, request, progress, tokenizer=tokenizer, output=target, describe=write_card)
-        return PruneResult(live, target, report)
+        report = prune_live(model, request, progress, tokenizer=tokenizer, output=target, describe=write_card)
+        return PruneResult(model_in_memory(model), target, report)
 
     place = output_path(output)
     if max_loss is not None:
@@ -164,6 +167,7 @@ def prune(
     return PruneResult(None, None if dry_run else place, report)
 
 
+@undisturbed
 def pack(
     model: str | Path,
     output: str | Path,
@@ -191,11 +195,12 @@ def pack(
         SecateurError: one line that says what, where, and what to do.
     """
     return pack_checkpoint(
-        str(model), output_path(output), format, values, progress or terminal_progress(lines=False),
+        model_name(model), output_path(output), format, values, progress or terminal_progress(lines=False),
         overwrite=overwrite, resume=resume, trust_remote_code=trust_remote_code, describe=write_card,
     )  # fmt: skip
 
 
+@undisturbed
 def unpack(
     model: str | Path,
     output: str | Path,
@@ -217,7 +222,7 @@ def unpack(
         SecateurError: one line that says what, where, and what to do.
     """
     return unpack_checkpoint(
-        str(model), output_path(output), progress or terminal_progress(lines=False), overwrite=overwrite,
+        model_name(model), output_path(output), progress or terminal_progress(lines=False), overwrite=overwrite,
         trust_remote_code=trust_remote_code, describe=write_card,
     )  # fmt: skip
 

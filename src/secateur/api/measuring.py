@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import OptionError
@@ -20,6 +21,7 @@ from ..evaluation.questions import Questions, answer, read_windows
 from ..evaluation.speed import Measurement, measure_speed
 from ..evaluation.tasks import TaskOptions
 from ..models.gguf import as_checkpoint
+from ..models.in_memory import eager, is_path, model_in_memory, model_name, refuse_prompts, refuse_quantised
 from ..models.live_host import LiveHost
 from ..models.source import load_tokenizer, locate
 from ..pipeline.calibration import evaluation_windows
@@ -27,10 +29,12 @@ from ..pipeline.machine import choose_device
 from ..progress import Progress
 from ..reporting.terminal.progress import terminal_progress
 from .places import DEFAULT_TEXT, note_evaluation, opened
+from .undisturbed import undisturbed
 
 
+@undisturbed
 def evaluate(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | nn.Module,
     *,
     text: str | None = None,
     seqlen: int | None = None,
@@ -51,7 +55,8 @@ def evaluate(
     """Measure a model: perplexity, one block in memory at a time; zero-shot tasks; how far it is from another model.
 
     Args:
-        model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model (perplexity only).
+        model: directory, hub id, ``.gguf`` file, ``smollm2``, or a live model (perplexity only), also wrapped
+            (torch.compile, DDP) or with adapters of peft.
         text: a SOURCE for perplexity; of one with splits, its test split. None is ``wikitext2``, or no text at all if
             only tasks are asked for.
         seqlen: tokens of a window; None is min(2048, context).
@@ -77,6 +82,7 @@ def evaluate(
         SecateurError: one line that says what, where, and what to do.
     """
     progress = progress or terminal_progress(lines=False)
+    in_memory = None if is_path(model) else model_in_memory(model)
     asked = task_options(tasks, task_data, batch_size, limit, num_fewshot)
     only_tasks = asked is not None and text is None and against is None and not generations
     if only_tasks and (seqlen is not None or windows is not None):
@@ -85,10 +91,11 @@ def evaluate(
     questions.check()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if isinstance(model, PreTrainedModel):
+        if in_memory is not None:
+            refuse_prompts(model)
             if against is not None or asked or generations:
                 raise OptionError("a live model: only its perplexity can be measured; save it and give its directory")
-            return _evaluate_live(model, questions, folder, trust_remote_code, tokenizer, progress)
+            return _evaluate_live(in_memory, questions, folder, trust_remote_code, tokenizer, progress)
         host = stack.enter_context(opened(model, device, trust_remote_code))
         tokens = read_windows(host, questions, tokenizer)
         dense: tuple[dict[str, Any], Reading | None] = ({}, None)
@@ -129,14 +136,15 @@ def _evaluate_live(
     tokenizer: Any,
     progress: Progress,
 ) -> dict[str, Any]:
-    host = LiveHost(model)
+    refuse_quantised(model)
     words = tokenizer or load_tokenizer(model.name_or_path, trust_remote_code)
     assert questions.text is not None
     tokens = evaluation_windows(questions.text, words, model.config, questions.seqlen, questions.windows)
-    with host.borrowed():
+    with eager(model), (host := LiveHost(model)).borrowed():
         return perplexity(Reading(host, tokens, folder), progress)
 
 
+@undisturbed
 def inspect(model: str | Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Look at a checkpoint's matrices: shape, sparsity, pattern, format, bytes.
 
@@ -152,6 +160,7 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, progress: Pro
         return inspect_matrices(host, progress or terminal_progress(lines=False))
 
 
+@undisturbed
 def generate(
     model: str | Path, prompt: str, *, tokens: int = 40, device: str = "auto", trust_remote_code: bool = False
 ) -> str:
@@ -168,10 +177,11 @@ def generate(
         SecateurError: one line that says what, where, and what to do.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        directory = as_checkpoint(locate(str(model), trust_remote_code), Path(scratch))
+        directory = as_checkpoint(locate(model_name(model), trust_remote_code), Path(scratch))
         return continue_text(directory, prompt, tokens, choose_device(device), trust_remote_code=trust_remote_code)
 
 
+@undisturbed
 def bench(
     model: str | Path,
     *,
@@ -212,7 +222,7 @@ def bench(
     threads = torch.get_num_threads() if threads is None else threads
     measurement = Measurement(tuple(batch), prompt, tokens, rounds, threads, prefer, activations)
     measurement.check()  # before a model is downloaded or made of a GGUF file
-    names = [str(name) for name in (model, against) if name is not None]
+    names = [model_name(name) for name in (model, against) if name is not None]
     with tempfile.TemporaryDirectory() as scratch:
         places = [
             as_checkpoint(locate(name, trust_remote_code), Path(scratch) / str(number))

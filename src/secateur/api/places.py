@@ -17,6 +17,7 @@ from ..evaluation.perplexity import perplexity
 from ..evaluation.records import record_evaluation
 from ..models.disk_host import DiskHost
 from ..models.gguf import as_checkpoint
+from ..models.in_memory import is_path, model_name
 from ..models.source import load_tokenizer, locate, open_checkpoint
 from ..pipeline.calibration import usual_windows
 from ..pipeline.files import write_text
@@ -33,6 +34,8 @@ DEFAULT_TEXT = "wikitext2"
 
 def output_path(output: str | Path) -> Path:
     """Return where OUTPUT is, a home directory filled in."""
+    if not is_path(output):
+        raise OutputError(f"{type(output).__name__}: is no directory's name")
     try:
         return Path(output).expanduser()
     except RuntimeError:
@@ -40,10 +43,10 @@ def output_path(output: str | Path) -> Path:
 
 
 @contextmanager
-def opened(model: str | Path, device: str, trust_remote_code: bool) -> Iterator[DiskHost]:
+def opened(model: Any, device: str, trust_remote_code: bool) -> Iterator[DiskHost]:
     """Open MODEL for a while; a GGUF file is dequantised meanwhile."""
     with tempfile.TemporaryDirectory() as scratch:
-        directory = as_checkpoint(locate(str(model), trust_remote_code), Path(scratch))
+        directory = as_checkpoint(locate(model_name(model), trust_remote_code), Path(scratch))
         yield DiskHost(open_checkpoint(directory, trust_remote_code), choose_device(device))
 
 

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..models.in_memory import model_name
 from ..progress import Progress
 from ..reporting.terminal.progress import terminal_progress
 from ..shrinking.request import ShrinkRequest
 from ..shrinking.shrink import shrink_checkpoint
 from .places import measured_on, output_path, write_card
+from .undisturbed import undisturbed
 
 
+@undisturbed
 def shrink(
     model: str | Path,
     output: str | Path,
@@ -98,6 +101,6 @@ def shrink(
     )  # fmt: skip
     measure = measured_on(evaluate, tokenizer, seqlen, device, progress, trust_remote_code) if evaluate else None
     return shrink_checkpoint(
-        str(model), output_path(output), request, progress, tokenizer=tokenizer, evaluate=measure, describe=write_card,
-        dry_run=dry_run, overwrite=overwrite, resume=resume,
+        model_name(model), output_path(output), request, progress, tokenizer=tokenizer, evaluate=measure,
+        describe=write_card, dry_run=dry_run, overwrite=overwrite, resume=resume,
     )  # fmt: skip

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..models.in_memory import model_name
 from ..progress import Progress
 from ..reporting.terminal.progress import terminal_progress
 from ..training.finetune import finetune_checkpoint
 from ..training.request import FinetuneRequest
 from .places import measured_on, output_path, write_card
+from .undisturbed import undisturbed
 
 
+@undisturbed
 def finetune(
     model: str | Path,
     output: str | Path,
@@ -100,6 +103,7 @@ def finetune(
         SecateurError: one line that says what, where, and what to do.
     """
     progress = progress or terminal_progress(lines=False)
+    teacher = None if teacher is None else model_name(teacher)
     request = FinetuneRequest(
         data=data, train=train, steps=steps, batch_size=batch_size, accumulate=accumulate, seqlen=seqlen,
         learning_rate=learning_rate, rank=rank, teacher=teacher, sparsity=sparsity, initial=initial, schedule=schedule,
@@ -109,6 +113,6 @@ def finetune(
     )  # fmt: skip
     measure = measured_on(evaluate, tokenizer, seqlen, device, progress, trust_remote_code) if evaluate else None
     return finetune_checkpoint(
-        str(model), output_path(output), request, progress, tokenizer=tokenizer, evaluate=measure, describe=write_card,
-        overwrite=overwrite, resume=resume,
+        model_name(model), output_path(output), request, progress, tokenizer=tokenizer, evaluate=measure,
+        describe=write_card, overwrite=overwrite, resume=resume,
     )  # fmt: skip

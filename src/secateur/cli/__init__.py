@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     flags = {word for word in words if word in GLOBAL_FLAGS}
+    screen.any_locale()
     screen.listen(
         logging.ERROR if flags & {"-q", "--quiet"} else logging.DEBUG if flags & {"-v", "--verbose"} else logging.INFO
     )

@@ -6,9 +6,17 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Any
 
 from ..reporting.page.wording import tidy
+
+
+def any_locale() -> None:
+    """Have a terminal that knows fewer signs than we use show question marks in their place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")
 
 
 def listen(level: int) -> None:
@@ -17,7 +25,8 @@ def listen(level: int) -> None:
     log.setLevel(level)
     log.handlers = [_Stderr()]
     log.propagate = False
-    for theirs in ("datasets", "huggingface_hub", "transformers"):  # what matters of them, we say ourselves
+    # What matters of these, we say ourselves.
+    for theirs in ("datasets", "huggingface_hub", "matplotlib", "transformers"):
         logging.getLogger(theirs).setLevel(logging.ERROR)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # logs what it raises
     if level >= logging.ERROR:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, OptionError
-from ..models.source import load_model, load_tokenizer, open_checkpoint
+from ..models.source import load_model, load_tokenizer, open_checkpoint, read_config
 from ..pipeline.calibration import Tokens, context_length
 from ..progress import Progress
 
@@ -122,9 +122,7 @@ def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
 
 
 def _context(directory: Path, trust_remote_code: bool) -> int | None:
-    from transformers import AutoConfig
-
-    return context_length(AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code))
+    return context_length(read_config(directory, trust_remote_code))
 
 
 def _model(directory: Path, device: torch.device, trust_remote_code: bool) -> Any:

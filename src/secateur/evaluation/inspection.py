@@ -49,7 +49,7 @@ def inspect_matrices(host: DiskHost, progress: Progress) -> dict[str, Any]:
                         "pattern": detect_pattern(W_OI),
                         "format": infos[0].packing.format if isinstance(infos[0], PackedInfo) else "dense",
                         "runs": _runs(infos[0], runs) if isinstance(infos[0], PackedInfo) else "dense",
-                        "dtype": str(infos[0].dtype).removeprefix("torch."),
+                        "dtype": infos[0].dtype_name,
                         "bytes": sum(info.bytes for info in infos),
                     }
                 )

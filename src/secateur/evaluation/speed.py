@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ..errors import ModelError, OptionError
-from ..models.source import open_checkpoint
+from ..models.source import open_checkpoint, read_config
 from ..pipeline.calibration import context_length
 from ..pipeline.machine import free_memory_bytes, processor, software
 from ..progress import Progress
@@ -125,7 +124,7 @@ class _Run:
             return
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER, json.dumps(self.options), *sys.path],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
         )  # fmt: skip
         stack.callback(self._stop)
         self.loaded = self._answer()
@@ -165,7 +164,7 @@ class _Run:
 
 def _runs_of(name: str, directory: Path, measurement: Measurement, trust_remote_code: bool) -> list[_Run]:
     checkpoint = open_checkpoint(directory, trust_remote_code)
-    context = context_length(AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code))
+    context = context_length(read_config(directory, trust_remote_code))
     length = measurement.prompt + measurement.tokens
     if context is not None and length > context:
         raise OptionError(

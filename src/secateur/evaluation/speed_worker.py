@@ -17,7 +17,7 @@ from typing import Any
 def main() -> None:
     """Load the model named in JSON on the command line, answer with its memory, then with seconds for every request."""
     options = json.loads(sys.argv[1])
-    answer = os.fdopen(os.dup(1), "w")
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a model's code and its libraries print is no answer
     sys.stdout = sys.stderr
     try:
@@ -32,17 +32,21 @@ def main() -> None:
 def _load(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import psutil
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    from ..errors import ModelError
     from ..models.memory import give_back_memory
-    from ..models.source import load_model
+    from ..models.source import load_model, read_config, why_unmakeable
     from ..runtime.arrangement import arrangement, optimize
 
     torch.set_num_threads(options["threads"])
     directory, trusted = Path(options["directory"]), options["trust_remote_code"]
     with torch.device("meta"):  # so that the model's code is loaded before memory is read
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
-        AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        config = read_config(directory, trusted)
+        try:
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        except Exception as error:
+            raise ModelError(f"config.json describes no model ({why_unmakeable(config, error)})") from None
     before = psutil.Process().memory_info().rss
     model: Any = load_model(directory, options["dtype"], trusted)
     model.eval()

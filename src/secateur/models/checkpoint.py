@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ModelError
 from .formats import Packing
-from .shards import Info, PackedInfo, TensorInfo, read_header, read_tensor, with_packed
+from .shards import (
+    Info,
+    PackedInfo,
+    TensorInfo,
+    cast_whole,
+    is_cast,
+    read_header,
+    read_tensor,
+    refuse_pointer,
+    with_packed,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,6 +60,12 @@ class Checkpoint:
             tensors |= read_header(directory / shard)[0]
         return Checkpoint(directory, with_packed(tensors, read_packings(directory)), trust_remote_code)
 
+    def check_cast(self, dtype: torch.dtype | None) -> None:
+        """Raise NumericsError if a tensor has numbers that are too large for a dtype; None keeps each tensor's own."""
+        for name, info in self.tensors.items():
+            if dtype == torch.float16 and is_cast(info, dtype):  # others have the range of float32
+                cast_whole(name, info, dtype)
+
     def read(self, name: str) -> Tensor:
         """Read one tensor by its name on disk."""
         return read_tensor(self.tensors[name])
@@ -75,16 +93,22 @@ class Checkpoint:
         return {name: info for name, info in self.tensors.items() if isinstance(info, PackedInfo)}
 
 
+def config_of(directory: Path) -> dict[str, Any]:
+    """Return the contents of a directory's ``config.json``; nothing if it cannot be read, which others say."""
+    try:
+        found: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_packings(directory: Path) -> dict[str, Packing]:
     """Return what a directory's ``config.json`` says of packed matrices; nothing if it is not packed by Secateur.
 
     Raises:
         ModelError: it was packed in a later version of the format, or an entry is unsound.
     """
-    try:
-        packed = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}  # others say what is wrong with it
+    packed = config_of(directory).get("quantization_config") or {}
     ours = isinstance(packed, dict) and packed.get("quant_method") == QUANT_METHOD
     return parse_packings(packed, str(directory)) if ours else {}
 
@@ -114,24 +138,26 @@ def packed_config(packings: Mapping[str, Packing]) -> dict[str, Any]:
 def shard_names(directory: Path) -> list[str]:
     """Return the file names of a directory's safetensors shards.
 
+    They are chosen as transformers does: the file that config.json names (``transformers_weights``), else
+    ``model.safetensors``, else what the index names.
+
     Raises:
-        ModelError: there are none, one is missing, or the index names a file outside the directory.
+        ModelError: there are none, one is missing, or config.json or the index names a file outside the directory.
     """
-    index = directory / INDEX
+    named = config_of(directory).get("transformers_weights")
+    if named is None and (directory / SINGLE).is_file():
+        return [SINGLE]
+    if named is not None and not str(named).endswith(".index.json"):
+        return [_inside(directory, named, directory / "config.json")]
+    index = directory / (INDEX if named is None else _inside(directory, named, directory / "config.json"))
     if index.exists():
+        refuse_pointer(index)
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError):
             raise ModelError(f"{index}: not an index of shards; download the model again") from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-                raise ModelError(f"{index}: names a file outside the model's directory: {name!r}")
-            if not os.path.isfile(directory / name):  # False for a name that no file can have
-                raise ModelError(f"{directory}: shard {_shown(name)} is missing; download the model again")
         if names:
-            return names
-    if (directory / SINGLE).exists():
-        return [SINGLE]
+            return [_inside(directory, name, index) for name in names]
     if any(directory.glob("pytorch_model*.bin")):
         raise ModelError(
             f"{directory}: only pickled weights (pytorch_model.bin), which Secateur does not open; load the model with "
@@ -142,6 +168,40 @@ def shard_names(directory: Path) -> list[str]:
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     found = f"; {others[0]} is there, but no index names it" if others else ""
     raise ModelError(f"{directory}: no safetensors weights (model.safetensors or an index of shards){found}")
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds safetensors weights under one of the names that transformers looks for."""
+    return "transformers_weights" in config_of(directory) or any(
+        (directory / name).exists() for name in (SINGLE, INDEX)
+    )
+
+
+def _inside(directory: Path, name: Any, where: Path) -> str:
+    """Return the name of a file that must lie in the directory itself."""
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        raise ModelError(f"{where}: names a file outside the model's directory: {name!r}")
+    if not os.path.isfile(directory / name):  # False for a name that no file can have
+        raise ModelError(f"{directory}: shard {_shown(name)} is missing; download the model again")
+    return name
+
+
+# What a state dict has in its names where a model was saved inside of what torch or peft had wrapped it in.
+WRAPPED = re.compile(
+    r"(?:^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.|^base_model\.model\."
+)
+
+
+def missing_tensors(directory: Path, missing: Sequence[str], held: Iterable[str]) -> ModelError:
+    """Return the error for tensors that a checkpoint lacks, where it `held` others that the model does not have."""
+    for name in held:
+        if WRAPPED.sub("", name) in missing:
+            return ModelError(
+                f"{directory}: its tensors are named as inside of a wrapper ({name}); save the model itself, such as "
+                "model._orig_mod of a compiled one"
+            )
+    others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return ModelError(f"{directory}: the checkpoint has no {missing[0]}{others}; is it complete?")
 
 
 def _shown(name: str) -> str:

@@ -5,24 +5,28 @@ All that uses transformers' internals for loading and key conversion is in this 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
 from .anatomy import Skeleton
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, missing_tensors
+from .empty import without_parameters
 from .hosts import own_tensors
 from .matrices import Matrix
 from .memory import give_back_memory, large_tensors_apart
-from .shards import PackedInfo
-from .source import first_line, quiet_transformers
+from .shards import WEIGHTS, PackedInfo
+from .source import quiet_transformers, read_config, why_unmakeable
+
+# All goes to the CPU. The second entry fits no parameter: transformers loads in threads, each of which keeps memory of
+# its own for good, unless something is to go to the disk.
+IN_THIS_THREAD = {"": "cpu", "nothing of a model": "disk"}
 
 
 def computing_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -51,28 +55,29 @@ class DiskHost:
         Raises:
             ModelError: the config is no decoder's, or embeddings, norms or head are missing.
         """
-        from accelerate import init_empty_weights
-
         large_tensors_apart()
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         trusted = checkpoint.trust_remote_code
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trusted)
-        first = next((i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point), torch.float32)
+        config = read_config(checkpoint.directory, trusted)
+        first = next((i.dtype for i in checkpoint.tensors.values() if i.dtype in WEIGHTS), torch.float32)
         # As from_pretrained does: in a checkpoint of several dtypes the first tensor is as a rule of a rare one.
         self._dtype = computing or computing_dtype(device, dtype or config.dtype or first)
         try:
-            with init_empty_weights(include_buffers=False):
+            with quiet_transformers(), without_parameters():
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     config, dtype=self._dtype, trust_remote_code=trusted
                 )
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{checkpoint.directory}: config.json describes no model ({first_line(error)})") from None
+        except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{checkpoint.directory}: config.json describes no model ({why_unmakeable(config, error)})"
+            ) from None
         self.model.eval().requires_grad_(False)
         if self._dtype != torch.float32:
             _tables_anew(self.model, self.model)
         self.skeleton = Skeleton(self.model)
         self.names: dict[int | None, list[str]] = {None: []}
         self.names_of: dict[str, list[str]] = {}
+        self.foreign: set[str] = set()  # tensors of the checkpoint that are none of the model's
         self._sort_names()
         self._load(self.names[None])
         self.model.tie_weights()
@@ -87,8 +92,16 @@ class DiskHost:
         """Group the checkpoint's names by the block (None: no block) and by the parameter they are loaded into."""
         prefix = self.skeleton.path + "."
         targets = names_in_memory(self.model, self.checkpoint.tensors)
+        state = self.model.state_dict().keys()
+        self.foreign = {name for name, target in targets.items() if target not in state}
         refuse_turned(self.model, self.checkpoint.packed, targets)
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name, target in targets.items():
+            if target in parameters and (info := self.checkpoint.tensors[name]).dtype not in WEIGHTS:
+                raise ModelError(
+                    f"{self.checkpoint.directory}: {name} is {info.dtype_name}, and weights of 16 or 32 bits are "
+                    "needed; prune the original 16-bit model"
+                )
             index = target[len(prefix) :].split(".")[0] if target.startswith(prefix) else ""
             self.names.setdefault(int(index) if index.isdigit() else None, []).append(name)
             self.names_of.setdefault(target, []).append(name)
@@ -99,11 +112,12 @@ class DiskHost:
         from transformers.modeling_utils import LoadStateDictConfig
 
         written = written or {}
-        state = {name: written[name] if name in written else self.checkpoint.read(name) for name in names}
+        own = [name for name in names if name not in self.foreign]
+        state = {name: written[name] if name in written else self.checkpoint.read(name) for name in own}
         mapping: Any = get_model_conversion_mapping(self.model)
         plan = self.model._get_dtype_plan(self._dtype)  # what stays in float32 among 16-bit weights
-        settings = LoadStateDictConfig(weight_mapping=mapping, dtype_plan=plan)
-        with quiet_transformers(), _loading_in_this_thread():
+        settings = LoadStateDictConfig(weight_mapping=mapping, dtype_plan=plan, device_map=IN_THIS_THREAD)
+        with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, settings, None)
         if info.mismatched_keys or info.conversion_errors:
             what = next(iter(info.mismatched_keys or info.conversion_errors))
@@ -115,10 +129,7 @@ class DiskHost:
     def _refuse_missing(self, parameters: Mapping[str, nn.Parameter]) -> None:
         missing = [name for name, parameter in parameters.items() if parameter.device.type == "meta"]
         if missing:
-            raise ModelError(
-                f"{self.checkpoint.directory}: the checkpoint has no {missing[0]}"
-                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; is it complete?"
-            )
+            raise missing_tensors(self.checkpoint.directory, missing, self.foreign)
 
     @contextmanager
     def block(self, index: int, written: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -217,17 +228,3 @@ def _drop_weights(block: nn.Module) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-@contextmanager
-def _loading_in_this_thread() -> Iterator[None]:
-    """Keep transformers from loading in threads: each would keep memory of its own for good."""
-    former = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    try:
-        yield
-    finally:
-        if former is None:
-            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
-        else:
-            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = former

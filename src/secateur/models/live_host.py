@@ -14,6 +14,8 @@ from .anatomy import Skeleton
 from .hosts import own_tensors
 from .matrices import Matrix
 
+ALIGNED_BYTES = 64  # what torch aligns its own memory to
+
 
 class LiveHost:
     """A model in memory, pruned in place. It leaves as it came: same parameters, dtypes, devices and modes."""
@@ -43,10 +45,15 @@ class LiveHost:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Put the model into evaluation mode, without gradients, and its skeleton into the dtype of computing."""
-        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
-        for parameter, _ in gradients:
+        """Put the model into evaluation mode, without gradients, and its skeleton into the dtype of computing.
+
+        No parameter wants a gradient meanwhile, as none of a model on disk does. By one that wants it torch multiplies
+        otherwise, even under `no_grad` (`matmul` folds batches then), and the last bits differ.
+        """
+        gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.model.parameters()]
+        for parameter, _, _ in gradients:
             parameter.grad = None
+            parameter.requires_grad_(False)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
@@ -55,7 +62,8 @@ class LiveHost:
         finally:
             for module in training:
                 module.training = True
-            for parameter, gradient in gradients:
+            for parameter, wanted, gradient in gradients:
+                parameter.requires_grad_(wanted)
                 parameter.grad = gradient
 
     @contextmanager
@@ -79,14 +87,15 @@ class LiveHost:
 def resident(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
     """Hold floating parameters and buffers of modules in `dtype` for a while; None leaves each in its own.
 
-    Afterwards each tensor is its former self again; a parameter marked `changed` gets its new value first.
+    On a CPU, what does not lie as torch would lay it (`_lies_well`) is held in a copy that does. Afterwards each
+    tensor is its former self again; a parameter marked `changed` gets its new value first.
     """
     former: list[tuple[Tensor, Tensor]] = []
     for tensor in own_tensors(modules):
-        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+        if dtype is not None and tensor.is_floating_point() and not (tensor.dtype == dtype and _lies_well(tensor)):
             former.append((tensor, tensor.data))
             tensor.own_dtype = tensor.dtype  # type: ignore[attr-defined]
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
     try:
         yield
     finally:
@@ -95,3 +104,11 @@ def resident(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Iterato
                 data.copy_(tensor.data)
             tensor.data = data
             del tensor.own_dtype  # type: ignore[attr-defined]
+
+
+def _lies_well(tensor: Tensor) -> bool:
+    """Whether a tensor is contiguous and begins at a multiple of 64 bytes, as one that was read from a disk does.
+
+    The last bits of a product depend on it.
+    """
+    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNED_BYTES == 0

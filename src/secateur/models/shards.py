@@ -25,6 +25,7 @@ from .formats import DTYPES as FLOATS
 from .formats import VALUES, Packing, check, unpack
 
 POINTER = b"version https://git-lfs"
+POINTED = "a pointer of Git LFS in place of the file; fetch it with: git lfs pull"
 COPY_BYTES = 8 << 20
 MAX_HEADER_BYTES = 100 << 20
 
@@ -37,20 +38,43 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BITS = {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # not of every torch: only their bytes are copied
+WEIGHTS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})  # what weights can be computed in
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies: its shard and the bytes in it."""
+    """Where one tensor lies: its shard and the bytes in it.
+
+    Its dtype goes by the name that safetensors has for it; `dtype` is uint8 for one that torch does not know.
+    """
 
     path: Path
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the elements."""
+        return DTYPES.get(self.code, torch.uint8)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as messages name it."""
+        return str(DTYPES.get(self.code, self.code)).removeprefix("torch.")
 
     @property
     def weights(self) -> int:
@@ -84,6 +108,11 @@ class PackedInfo(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return FLOATS[self.packing.dtype]
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as messages name it."""
+        return self.packing.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,6 +158,21 @@ def with_packed(tensors: Mapping[str, TensorInfo], packings: Mapping[str, Packin
     return found | packed
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in its place until it is fetched."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ModelError if a file of a model is a pointer of Git LFS."""
+    if is_lfs_pointer(path):
+        raise ModelError(f"{path}: {POINTED}")
+
+
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Return the tensors and the metadata of one safetensors file, every offset checked.
 
@@ -139,14 +183,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     def lie(why: str) -> ModelError:
         return ModelError(f"{path}: not a sound safetensors file ({why}); download or convert the model again")
 
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            first = file.read(len(POINTER))
-            if first == POINTER:
-                raise ModelError(f"{path}: a pointer of Git LFS in place of the file; fetch it with: git lfs pull")
-            file.seek(8)
-            length = int.from_bytes(first[:8], "little")
+            length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise lie("the header is cut off")
             header = json.loads(file.read(length).decode())
@@ -156,13 +197,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise lie("the header is not JSON") from None
     if not isinstance(header, dict):
         raise lie("the header is no table")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise lie("the metadata is no table of texts")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         try:
-            dtype = DTYPES[entry["dtype"]]
+            code = entry["dtype"]
+            bits = BITS[code] if code in BITS else 8 * DTYPES[code].itemsize
             shape = tuple(operator.index(n) for n in entry["shape"])
             begin, end = (operator.index(n) for n in entry["data_offsets"])
             name.encode()
@@ -170,9 +212,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise lie(f"tensor {name!r} has an unknown dtype or no shape or offsets") from None
         if not 0 <= begin <= end <= size or not all(0 <= n < 2**63 for n in shape):
             raise lie(f"tensor {name!r} lies outside the file")
-        if end - begin != math.prod(shape) * dtype.itemsize or math.prod(max(n, 1) for n in shape) >= 2**60:
+        if 8 * (end - begin) != math.prod(shape) * bits or math.prod(max(n, 1) for n in shape) >= 2**60:
             raise lie(f"tensor {name!r} does not have the bytes of its shape")
-        tensors[name] = TensorInfo(path, dtype, shape, 8 + length + begin, 8 + length + end)
+        tensors[name] = TensorInfo(path, code, shape, 8 + length + begin, 8 + length + end)
     position = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
@@ -197,20 +239,26 @@ def read_parts(info: PackedInfo) -> dict[str, Tensor]:
 def read_tensor(info: Info) -> Tensor:
     """Read one tensor into memory of its own, a packed one unpacked.
 
+    It is torch's memory, which begins at a multiple of 64 bytes: the last bits of a product depend on that.
+
     Raises:
-        ModelError: the file ends too early, or a packed matrix is not what was packed.
+        ModelError: the file ends too early, its dtype is none of torch's, or a packed matrix is not what was packed.
     """
     if isinstance(info, PackedInfo):
         W_OI = unpack(info.packing, read_parts(info))
         return W_OI.T.contiguous() if info.packing.transposed else W_OI
+    if info.code in BITS:
+        raise ModelError(
+            f"{info.path}: a tensor is {info.code}, in which nothing can be computed; use the 16-bit model"
+        )
     if info.begin == info.end:
         return torch.empty(info.shape, dtype=info.dtype, device="cpu")  # whatever the default device is
-    buffer = bytearray(info.end - info.begin)
+    tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
     with _opened(info.path) as file:
         file.seek(info.begin)
-        if file.readinto(buffer) != len(buffer):
+        if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != info.bytes:
             raise ModelError(f"{info.path}: cut off while being read")
-    return torch.frombuffer(buffer, dtype=info.dtype).view(info.shape)
+    return tensor
 
 
 @contextmanager
@@ -223,11 +271,12 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 class Entry(NamedTuple):
-    """One tensor to be written: its name, dtype and shape, and its bytes in pieces."""
+    """One tensor to be written: its name, dtype (as safetensors names it), shape, bytes, and these in pieces."""
 
     name: str
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
+    size: int
     pieces: Callable[[], Iterator[bytes | memoryview]]
 
 
@@ -239,7 +288,7 @@ def tensor_entry(name: str, tensor: Tensor) -> Entry:
         if data.numel():
             yield data.view(-1).view(torch.uint8).numpy().data
 
-    return Entry(name, data.dtype, tuple(data.shape), pieces)
+    return Entry(name, DTYPE_NAMES[data.dtype], tuple(data.shape), data.nbytes, pieces)
 
 
 def packed_entries(info: PackedInfo) -> list[Entry]:
@@ -255,17 +304,13 @@ def copied_entry(name: str, info: Info, dtype: torch.dtype | None = None) -> Ent
         def unpacked() -> Iterator[bytes | memoryview]:
             yield from tensor_entry(name, read_tensor(info).to(dtype)).pieces()
 
-        return Entry(name, dtype, info.shape, unpacked)
-    if dtype is not None and info.dtype.is_floating_point and info.dtype != dtype:
+        return Entry(name, DTYPE_NAMES[dtype], info.shape, info.weights * dtype.itemsize, unpacked)
+    if dtype is not None and is_cast(info, dtype):
 
         def cast() -> Iterator[bytes | memoryview]:
-            tensor = read_tensor(info)
-            new = tensor.to(dtype)
-            if torch.isfinite(tensor).all() and not torch.isfinite(new).all():
-                raise NumericsError(f"{name}: does not fit {new.dtype}; use --dtype float32 or bfloat16")
-            yield from tensor_entry(name, new).pieces()
+            yield from tensor_entry(name, cast_whole(name, info, dtype)).pieces()
 
-        return Entry(name, dtype, info.shape, cast)
+        return Entry(name, DTYPE_NAMES[dtype], info.shape, info.weights * dtype.itemsize, cast)
 
     def pieces() -> Iterator[bytes]:
         left = info.end - info.begin
@@ -278,7 +323,25 @@ def copied_entry(name: str, info: Info, dtype: torch.dtype | None = None) -> Ent
             left -= len(piece)
             yield piece
 
-    return Entry(name, info.dtype, info.shape, pieces)
+    return Entry(name, info.code, info.shape, info.bytes, pieces)
+
+
+def is_cast(info: Info, dtype: torch.dtype) -> bool:
+    """Whether a tensor is of another dtype that weights are cast from."""
+    return info.dtype in WEIGHTS and info.dtype != dtype
+
+
+def cast_whole(name: str, info: Info, dtype: torch.dtype) -> Tensor:
+    """Read a tensor in another dtype.
+
+    Raises:
+        NumericsError: a number of it is too large there.
+    """
+    tensor = read_tensor(info)
+    new = tensor.to(dtype)
+    if torch.isfinite(tensor).all() and not torch.isfinite(new).all():
+        raise NumericsError(f"{name}: does not fit {new.dtype}; use --dtype float32 or bfloat16")
+    return new
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
@@ -290,12 +353,8 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[st
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for entry in entries:
-        end = offset + math.prod(entry.shape) * entry.dtype.itemsize
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
+        end = offset + entry.size
+        header[entry.name] = {"dtype": entry.code, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

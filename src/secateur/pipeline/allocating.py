@@ -84,7 +84,7 @@ def with_allocation(
 def known_plans(run: RunDirectory, overwrite: bool) -> list[dict[str, Any]]:
     """The plans of an earlier run that was not finished, and of the finished output unless it is to be replaced."""
     try:
-        unfinished: Any = json.loads((run.path / "plan.json").read_text())
+        unfinished: Any = json.loads((run.path / "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         unfinished = None
     finished = None if overwrite else (report_of(run.output) or {}).get("plan")

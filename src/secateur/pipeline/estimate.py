@@ -12,6 +12,7 @@ import torch
 from ..models.disk_host import DiskHost
 from ..models.hosts import block_matrices
 from ..models.matrices import Matrix
+from ..models.shards import WEIGHTS
 from ..pruning import GRAM
 from ..pruning.methods import parts_of
 from .calibration import Tokens
@@ -93,7 +94,7 @@ def _memory_bytes(plan: Plan, host: DiskHost, count: int, parts: Sequence[Parts]
 
 def disk_bytes(plan: Plan, host: DiskHost, tokens: Tokens | None) -> int:
     """Return what a run directory holds at most: finished blocks, the output and hidden states."""
-    floats = [info for info in host.checkpoint.tensors.values() if info.dtype.is_floating_point]
+    floats = [info for info in host.checkpoint.tensors.values() if info.dtype in WEIGHTS]
     itemsize = host.dtype.itemsize if host.dtype else max((info.dtype.itemsize for info in floats), default=2)
     output = host.checkpoint.bytes + sum(info.weights * max(0, itemsize - info.dtype.itemsize) for info in floats)
     pruned = {name for name, target in plan.job.targets.items() if target.sparsity}
@@ -115,7 +116,7 @@ def _share_of_tokens(matrix: Matrix, config: Any) -> float:
 
 
 def _operations_per_second() -> float:
-    a = torch.randn(1024, 1024)
+    a = torch.randn(1024, 1024, dtype=torch.float32)
     best = float("inf")
     for _ in range(3):
         started = time.perf_counter()

@@ -16,17 +16,18 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError, OutputError, SecateurError, unwritable
 from ..models.checkpoint import QUANT_METHOD
+from ..models.in_memory import eager, model_in_memory, refuse_adapters, refuse_quantised
 from ..models.live_host import LiveHost
 from ..models.matrices import Matrix
-from ..models.source import load_tokenizer, quiet_transformers
+from ..models.source import directory_of, first_line, load_tokenizer, quiet_transformers
 from ..progress import Progress
 from .allocating import with_allocation
-from .files import write_text
+from .files import check_room, write_text
 from .loop import prune_blocks
 from .machine import peak_memory_bytes, threads
-from .output import Describe, check_output, make_report
+from .output import LEGAL, PROCESSORS, Describe, check_output, copy, make_report, small_files
 from .plan import Request, announce, make_plan
-from .run_directory import REPORT, RunDirectory, run_path
+from .run_directory import REPORT, RunDirectory, run_of, run_path
 from .self_text import tokens_for
 from .stream import Stream
 
@@ -71,7 +72,7 @@ class LiveRun:
 
 
 def prune_live(
-    model: PreTrainedModel,
+    model: Any,
     request: Request,
     progress: Progress,
     *,
@@ -82,7 +83,7 @@ def prune_live(
     """Prune a model in memory, in place; it leaves as it came but for its zeros.
 
     Args:
-        model: the model.
+        model: the model, or what torch or accelerate have wrapped it in.
         request: the options; dtype and device are the model's own.
         progress: hears of the work.
         tokenizer: in place of that of ``model.name_or_path``.
@@ -96,12 +97,26 @@ def prune_live(
         SecateurError: whatever went wrong; the message names the blocks that were pruned before it.
     """
     request.check()
+    refuse_adapters(model)
+    live = model_in_memory(model)
+    refuse_quantised(live)
     if output is not None:
-        _check_output(model, output)
-    if getattr(model, "quantization_method", None) == QUANT_METHOD:
+        _check_output(live, output)
+    if getattr(live, "quantization_method", None) == QUANT_METHOD:
         raise ModelError(
-            f"{model.name_or_path}: is packed, and stays so in memory; prune it from disk to disk, or unpack it first"
+            f"{live.name_or_path}: is packed, and stays so in memory; prune it from disk to disk, or unpack it first"
         )
+    with eager(live):
+        if output is None:
+            return _prune(live, request, progress, tokenizer)
+        with run_of(output) as run:  # an OUTPUT that cannot be written is found out before the work
+            check_room(run.path, sum(tensor.nbytes for tensor in live.state_dict().values()), "the model")
+            report = _prune(live, request, progress, tokenizer)
+            _save_live(run, live, tokenizer, report, describe)
+            return report
+
+
+def _prune(model: PreTrainedModel, request: Request, progress: Progress, tokenizer: Any) -> dict[str, Any]:
     started = time.perf_counter()
     host = LiveHost(model, computing=torch.float32 if request.reconstruct else None)
     results = LiveRun(host)
@@ -128,7 +143,7 @@ def prune_live(
             raise type(error)(f"{error} (blocks 0 to {results.done - 1} are already pruned)") from error
         raise
     spent = plan.allocation_seconds + sum(block["seconds"] for block in results.blocks)
-    report = make_report(
+    return make_report(
         plan,
         results.blocks,
         seconds={"pruning": spent, "this_process": time.perf_counter() - started},
@@ -137,9 +152,6 @@ def prune_live(
         packed=None,
         evaluation=None,
     )
-    if output is not None:
-        _save_live(model, tokenizer, output, report, describe)
-    return report
 
 
 def _check_output(model: PreTrainedModel, output: Path) -> None:
@@ -151,21 +163,39 @@ def _check_output(model: PreTrainedModel, output: Path) -> None:
 
 
 def _save_live(
-    model: PreTrainedModel, tokenizer: Any, output: Path, report: Mapping[str, Any], describe: Describe | None
+    run: RunDirectory, model: PreTrainedModel, tokenizer: Any, report: Mapping[str, Any], describe: Describe | None
 ) -> None:
-    run = RunDirectory(output)
+    target = run.path / "output"
     try:
-        target = run.path / "output"
         with quiet_transformers():
-            model.save_pretrained(target)
+            _save_model(model, target)
         tokenizer = tokenizer or load_tokenizer(model.name_or_path)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
-        write_text(target / REPORT, json.dumps(report, indent=1))
-        if describe:
-            describe(target, Path(model.name_or_path or "nowhere"))
-        run.install()
-    except OSError as error:
-        raise OutputError(f"{output}: {unwritable(error)}") from error
-    finally:
-        run.close()
+    except Exception as error:  # whatever transformers, safetensors or a tokenizer raises, a full disk among it
+        why = unwritable(error) if isinstance(error, OSError) else f"cannot be saved ({first_line(error)[:160]})"
+        raise OutputError(f"{run.output}: {why}; the model in memory is pruned") from error
+    source = directory_of(str(model.name_or_path or ""))
+    for path in small_files(source, (*LEGAL, *PROCESSORS)) if source else []:
+        copy(path, target / path.name)
+    write_text(target / REPORT, json.dumps(report, indent=1))
+    if describe:
+        describe(target, source or Path("nowhere"))
+    run.install()
+
+
+def _save_model(model: PreTrainedModel, target: Path) -> None:
+    """Save a model whole, also with a generation config that transformers loads and refuses to save."""
+    own: Any = model.generation_config if model.can_generate() else None
+    try:
+        if own is not None:
+            own.validate(strict=True)
+    except ValueError:
+        model.generation_config = type(own)()
+        try:
+            model.save_pretrained(target)
+        finally:
+            model.generation_config = own
+        write_text(target / "generation_config.json", own.to_json_string() + "\n")
+    else:
+        model.save_pretrained(target)

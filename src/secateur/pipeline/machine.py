@@ -18,7 +18,7 @@ from ..errors import OptionError
 def peak_memory_bytes() -> int | None:
     """Largest resident memory of this process so far, mapped pages included; None where the system does not tell."""
     try:  # Linux's getrusage counts what the process was before exec, that is its parent; this does not
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
@@ -34,7 +34,7 @@ def peak_memory_bytes() -> int | None:
 def reset_peak_memory() -> None:
     """Let `peak_memory_bytes` count from now on, where the system allows it (Linux)."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -49,7 +49,7 @@ def free_memory_bytes(device: torch.device) -> int:
 def boot_id() -> str | None:
     """What names this boot of the machine: after another, unflushed files cannot be trusted."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return None
 
@@ -72,7 +72,7 @@ def software() -> dict[str, Any]:
 def processor() -> str:
     """The processor's name, as far as the system tells it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

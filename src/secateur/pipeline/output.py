@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ModelError, OutputError, unwritable
-from ..models.checkpoint import INDEX, SINGLE, Checkpoint, index_of, packed_config
+from ..models.checkpoint import INDEX, SINGLE, Checkpoint, config_of, index_of, packed_config
 from ..models.formats import Packing
-from ..models.shards import Entry, Info, PackedInfo, copied_entry, packed_entries, write_safetensors
+from ..models.shards import Entry, Info, PackedInfo, copied_entry, packed_entries, read_header, write_safetensors
 from ..progress import Progress
 from .files import write_text
 from .plan import Plan
-from .run_directory import report_of
+from .run_directory import REPORT, report_of
+
+log = logging.getLogger("secateur")
 
 SCHEMA = 1
 BLOCK_ENTRIES = ("block", "seconds", "output_error", "reconstruction")
 
 Describe = Callable[[Path, Path], None]  # adds to a finished directory what people read, given that of its source
 
-# What a model's directory holds besides weights: config, tokenizer, generation, licence.
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+# What a model's directory holds besides weights, in any case: config, tokenizer, templates, processors, licence.
+LEGAL = ("licen[cs]e*", "notice*", "use_policy*")
+PROCESSORS = ("*processor_config.json", "*extractor_config.json")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.tiktoken", "*.bpe", *LEGAL)
+FOLDERS = {"additional_chat_templates": "*.jinja", "custom_generate": "*.py"}
+# What tells of other weights than those that are written.
+STALE = (
+    "*.index.json", "secateur.json", "adapter_config.json", "quantize_config.json", "hf_quant_config.json",
+    "params.json", "trainer_state.json", "*_results.json",
+)  # fmt: skip
+OTHER_WEIGHTS = ("consolidated*", "adapter_*")  # another form of the same model, or a part beside it
 
 
 def check_output(output: Path, model: Path, overwrite: bool) -> None:
@@ -88,25 +101,29 @@ def write_checkpoint(
                 entries += packed_entries(info)
             else:
                 entries.append(copied_entry(name, info or source.tensors[name], dtype))
-        sizes[shard] = [(e.name, torch.Size(e.shape).numel() * e.dtype.itemsize) for e in entries]
+        sizes[shard] = [(entry.name, entry.size) for entry in entries]
         write_safetensors(target / shard, [_counted(entry, progress) for entry in entries])
     if set(sizes) != {SINGLE}:
         write_text(target / INDEX, index_of(sizes))
-    copy_small_files(source, target, dtype)
+    copy_small_files(source, target)
+    for path in files_beside(source, fit=True):
+        copy(path, target / path.name)
     packings = {name: info.packing for name, info in new.items() if isinstance(info, PackedInfo)}
-    _write_packings(target, packings)
+    _write_config(target, packings, dtype)
     progress.finish()
 
 
-def _write_packings(target: Path, packings: Mapping[str, Packing]) -> None:
-    """Have ``config.json`` say what is packed, and nothing if nothing is."""
-    config = json.loads((target / "config.json").read_text())
-    if not packings and "quantization_config" not in config:
-        return
-    config.pop("quantization_config", None)
+def _write_config(target: Path, packings: Mapping[str, Packing], dtype: torch.dtype | None) -> None:
+    """Have ``config.json`` say in which files, formats and dtype the weights were written, and nothing else of it."""
+    former = config_of(target)
+    config = {key: value for key, value in former.items() if key not in ("quantization_config", "transformers_weights")}
     if packings:
         config["quantization_config"] = packed_config(packings)
-    write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if config != former:
+        write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _counted(entry: Entry, progress: Progress) -> Entry:
@@ -117,24 +134,71 @@ def _counted(entry: Entry, progress: Progress) -> Entry:
     return entry._replace(pieces=pieces)
 
 
-def copy_small_files(source: Checkpoint, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy config, tokenizer, generation config and licence; the config names the dtype that was written.
+def copy_small_files(source: Checkpoint, target: Path) -> None:
+    """Copy config, tokenizer, chat templates, processors, generation config and licence.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    for path in small_files(source.directory, SMALL_FILES, code=source.trust_remote_code):
+        copy(path, target / path.relative_to(source.directory))
+
+
+def small_files(directory: Path, patterns: Sequence[str], *, code: bool = False) -> list[Path]:
+    """Return the files of a model's directory that fit a pattern and belong to its weights.
+
+    Args:
+        directory: of the model.
+        patterns: of names in lower case.
+        code: whether its Python code may come along.
+    """
+    patterns = (*patterns, *(["*.py"] if code else []))
+    found = [path for path in directory.iterdir() if _fits(path, patterns) and not _fits(path, STALE)]
+    for folder, pattern in FOLDERS.items():
+        if pattern in patterns:
+            found += [path for path in directory.glob(f"{folder}/*") if _fits(path, [pattern])]
+    return sorted(path for path in found if path.is_file())
+
+
+def _fits(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path.name.lower(), pattern) for pattern in patterns)
+
+
+def files_beside(source: Checkpoint, *, fit: bool) -> list[Path]:
+    """Return the safetensors files that go with a checkpoint, and say which files beside it do not.
+
+    Args:
+        source: the checkpoint.
+        fit: whether such files fit what is written: not a model with fewer parts.
+    """
+    shards = {info.path for info in source.tensors.values()}
+    files = [path for path in sorted(source.directory.glob("*.safetensors")) if path not in shards]
+    beside = [path for path in files if fit and not _fits(path, OTHER_WEIGHTS) and _holds_others(path, source.tensors)]
+    stale = [path for path in source.directory.iterdir() if _fits(path, STALE) and path.name not in (INDEX, REPORT)]
+    if left := sorted({path.name for path in (*files, *stale)} - {path.name for path in beside}):
+        log.info("left out, since they belong to other weights than those that are written: %s", ", ".join(left))
+    return beside
+
+
+def _holds_others(path: Path, tensors: Mapping[str, Info]) -> bool:
+    """Whether a sound safetensors file holds none of the model's tensors."""
+    try:
+        return read_header(path)[0].keys().isdisjoint(tensors)
+    except ModelError:
+        return False
+
+
+def copy(path: Path, target: Path) -> None:
+    """Copy a small file.
 
     Raises:
         OutputError: the disk refuses.
     """
     try:
-        for pattern in (*SMALL_FILES, *(["*.py"] if source.trust_remote_code else [])):
-            for path in source.directory.glob(pattern):
-                if path.is_file() and not path.name.endswith(".index.json") and path.name != "secateur.json":
-                    shutil.copyfile(path, target / path.name)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     except OSError as error:
-        raise OutputError(f"{target}: {unwritable(error)}") from error
-    if dtype is not None:
-        config = json.loads((target / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
+        raise OutputError(f"{target.parent}: {unwritable(error)}") from error
 
 
 def make_report(plan: Plan, blocks: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:

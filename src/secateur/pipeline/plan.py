@@ -72,7 +72,7 @@ class Request:
         method = self.parsed_method
         target = default_target(self.sparsity, parse_pattern(self.pattern or method.pattern))
         if isinstance(self.method, str):
-            example = torch.eye(8)  # meets the method's options with a matrix of no account
+            example = torch.eye(8, dtype=torch.float32)  # meets the method's options with a matrix of no account
             method(example, Statistics.of(example), target.sparsity, target.pattern)
         written_dtype(self.dtype)
         if self.propagate not in PROPAGATE:
@@ -161,13 +161,14 @@ def make_plan(request: Request, host: Host, model: Mapping[str, Any], tokens: To
         fused = unreadable(block, f"{host.skeleton.path}.{index}")
         every += [MatrixInfo(name, index, weights) for name, weights in fused.items()]
         closed |= fused.keys()
-    chosen = select(every, listed(request.include), listed(request.exclude))
+    others = [name for name, _ in host.model.named_modules() if name not in {matrix.name for matrix in every}]
+    chosen = select(every, listed(request.include), listed(request.exclude), others)
     check_left_out(
         closed & {m.name for m in chosen},
         {m.name: m.weights for m in chosen},
         "a fused weight that transformers does not run through its experts interface, so its layout is unknown",
     )
-    rules = allocation_rules(request.allocation)
+    rules = _of_matrices(allocation_rules(request.allocation), every, others)
     how = with_enough_tokens(request.reconstruction, tokens.rows if tokens else ())
     record = {
         "model": dict(model),
@@ -260,8 +261,16 @@ def listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def select(matrices: list[MatrixInfo], include: list[str], exclude: list[str]) -> list[MatrixInfo]:
+def select(
+    matrices: list[MatrixInfo], include: list[str], exclude: list[str], others: Sequence[str] = ()
+) -> list[MatrixInfo]:
     """Keep the matrices in whose names an `include` expression is found and no `exclude` expression is.
+
+    Args:
+        matrices: all of them.
+        include: regular expressions; none keeps all.
+        exclude: regular expressions; what fits only `others` is accepted, and said to be needless.
+        others: names of the model's modules that are never pruned, such as ``lm_head``.
 
     Raises:
         OptionError: an expression is found in no name, or nothing is left.
@@ -270,14 +279,34 @@ def select(matrices: list[MatrixInfo], include: list[str], exclude: list[str]) -
         raise OptionError("the model has no blocks, or no matrix in them that can be pruned")
     for option, texts in (("include", include), ("exclude", exclude)):
         for text in texts:
-            if not any(re.search(text, m.name) for m in matrices):
+            if any(re.search(text, m.name) for m in matrices):
+                continue
+            never = next((name for name in others if re.search(text, name)), None)
+            if never is None:
                 leaves = sorted({m.name.rsplit(".", 1)[-1] for m in matrices})
                 raise OptionError(f"{option} {text!r} is found in no matrix name; {nearest(text, leaves)}")
+            if option == "include":
+                raise OptionError(f"include {text!r}: {never} is never pruned; leave it out")
+            log.info("exclude %r: %s is never pruned anyway", text, never)
     kept = [m for m in matrices if not include or any(re.search(text, m.name) for text in include)]
     kept = [m for m in kept if not any(re.search(text, m.name) for text in exclude)]
     if not kept:
         raise OptionError("include and exclude leave no matrix to prune")
     return kept
+
+
+def _of_matrices(rules: Rules | None, matrices: list[MatrixInfo], others: Sequence[str]) -> Rules | None:
+    """Leave out the rules that give a sparsity of 0 to what is never pruned."""
+    if not isinstance(rules, Mapping):
+        return rules
+    needless = [
+        key
+        for key, value in rules.items()
+        if str(value) in ("0", "0.0") and str(key) in others and str(key) not in {m.name for m in matrices}
+    ]
+    for key in needless:
+        log.info("allocation %r: is never pruned anyway", key)
+    return {key: value for key, value in rules.items() if key not in needless}
 
 
 def check_format(format: str, values: str | None) -> None:

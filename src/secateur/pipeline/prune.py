@@ -115,6 +115,7 @@ def _prepare(
     progress.start("reading the model", sum(file.stat().st_size for file in files))
     facts = {"name": model, "digest": digest(files, progress.advance)}
     progress.finish()
+    source.check_cast(dtype)
     request = with_allocation(request, host, facts, tokens, scratch / "allocating", known, progress)
     plan = make_plan(request, host, facts, tokens)
     streamed = plan.job.method.needs or plan.job.reconstruct

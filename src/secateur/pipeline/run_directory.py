@@ -128,7 +128,7 @@ class RunDirectory:
         """
         path = self.path / "plan.json"
         try:
-            differing = differences(dict(json.loads(path.read_text())), plan) if path.exists() else []
+            differing = differences(dict(json.loads(path.read_text(encoding="utf-8"))), plan) if path.exists() else []
         except (ValueError, TypeError):
             raise ResumeError(f"{path}: is damaged; --no-resume begins anew") from None
         if differing and self.begun:
@@ -293,7 +293,7 @@ def report_of(output: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        report: Any = json.loads(path.read_text())
+        report: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
     return report if isinstance(report, dict) and isinstance(report.get("plan"), dict) and "schema" in report else None

@@ -56,7 +56,8 @@ class Method:
     def __call__(
         self, W_OI: Tensor, statistics: Statistics, sparsity: float, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
-        return self.prune(W_OI, statistics, sparsity, pattern, **self.options)
+        # However the weights lie (GPT-2's lie transposed), the order of operations is the same, to the last bit.
+        return self.prune(W_OI.contiguous(), statistics, sparsity, pattern, **self.options)
 
 
 def one_shot(score: Score) -> Prune:

@@ -106,7 +106,7 @@ class Accumulator:
             self._sum = part if self._sum is None else self._sum + part
         if GRAM in self.needs:
             if self._upper is None:
-                self._upper = torch.zeros(columns, columns, device=x_TI.device)
+                self._upper = torch.zeros(columns, columns, dtype=x_TI.dtype, device=x_TI.device)
             panels = max(1, round(columns / self.PANEL))
             edges = [columns * p // panels for p in range(panels + 1)]
             for a, b in pairwise(edges):

@@ -78,7 +78,7 @@ def flap(W_OI: Tensor, statistics: Statistics) -> Tensor:
 def random(W_OI: Tensor, statistics: Statistics, *, seed: int = 0) -> Tensor:
     """Score by chance, the same for every row: what any criterion has to beat."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(W_OI.shape[1], generator=generator).to(W_OI.device).expand(W_OI.shape)
+    return torch.rand(W_OI.shape[1], generator=generator, dtype=torch.float32).to(W_OI.device).expand(W_OI.shape)
 
 
 def obs(

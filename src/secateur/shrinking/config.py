@@ -7,6 +7,7 @@ is found out by making that model, without weights, and looking at its shapes (`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ WIDTHS = (
     "ffn_hidden_size", "dff",
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-PREDICTORS = "num_nextn_predict_layers"
+# Heads that predict further tokens, which transformers does not run: their tensors, and what counts their layers.
+PREDICTOR = re.compile(r"(^|[._])(mtp|nextn)", re.IGNORECASE)
 CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")  # experts of one token
 # What says something of layers by their numbers: lists of them, and how many at the beginning.
 NUMBERS = ("mlp_only_layers", "attn_layer_indices", "moe_layers", "ple_layer_ids", "full_attn_idxs")
@@ -32,7 +34,7 @@ class Config:
     def __init__(self, directory: Path, parsed: Any, kinds: Sequence[object] = ()) -> None:
         """Take the file of a directory, the `PretrainedConfig` that was read from it, and the kind of each block."""
         self.parsed, self.kinds = parsed.get_text_config(), kinds
-        self.text: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        self.text: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self.text.pop("quantization_config", None)  # what was packed is written dense
 
     def get(self, name: str) -> Any:
@@ -56,8 +58,8 @@ class Config:
         """Return the file's contents with other values, by the names that the family gives them."""
         names = getattr(self.parsed, "attribute_map", {})
         new = dict(self.text)
-        if new.get(PREDICTORS):  # blocks that predict further tokens, which transformers does not run and nobody cut
-            new[PREDICTORS] = 0
+        for name in filter(counts_predictors, new):  # which nobody cut
+            new[name] = 0
         for name, value in values.items():
             own = names.get(name, name)
             for key in {name, own} & new.keys() or {own}:  # other engines read the key that the file has
@@ -163,6 +165,15 @@ class Config:
             if all(kind == kinds[place % length] for place, kind in enumerate(kinds)):
                 return length
         return 1
+
+
+def counts_predictors(name: str) -> bool:
+    """Whether an entry of a config says how many layers predict further tokens.
+
+    >>> [counts_predictors(name) for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_loss_weight")]
+    [True, True, False]
+    """
+    return bool(PREDICTOR.search(name)) and "num" in name
 
 
 def rounded(width: int, fraction: float, multiple: int, name: str) -> int:

@@ -122,7 +122,7 @@ def facts(shrinking: Shrinking, run: RunDirectory, target: Path) -> dict[str, An
         if "step" in line:
             spent = steps.get(line["step"], {}).get("seconds", 0.0) + line["seconds"]
             steps[line["step"]] = {k: v for k, v in line.items() if k != "boot"} | {"seconds": spent}
-    config = json.loads((target / "config.json").read_text())
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     removed = shrinking.layers if isinstance(shrinking.layers, list) else steps.get("layers", {}).get("removed", [])
     return {
         "config": changes(shrinking.config, config),

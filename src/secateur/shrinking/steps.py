@@ -6,6 +6,7 @@ Every step makes a checkpoint of a checkpoint. What it chose is in the run direc
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..pipeline.calibration import Tokens
 from ..pipeline.disk_run import DiskRun
 from ..pipeline.loop import prune_blocks
 from ..pipeline.machine import choose_device, software
+from ..pipeline.output import files_beside
 from ..pipeline.plan import calibration_record, written_dtype
 from ..pipeline.prune import stream_at
 from ..pipeline.run_directory import RunDirectory
@@ -30,7 +32,7 @@ from ..pipeline.self_text import tokens_for
 from ..pipeline.stream import MICRO_BATCH_TOKENS, Stream
 from ..progress import Progress
 from . import depth
-from .config import Config, changes, rounded
+from .config import PREDICTOR, Config, changes, rounded
 from .cutting import kinds_of_blocks
 from .experts import Thinning, saliences, strongest
 from .proof import probe, prove
@@ -62,10 +64,10 @@ class Shrinking:
         dtype = written_dtype(request.dtype)
         source = open_checkpoint(as_checkpoint(path, scratch, dtype), request.trust_remote_code)
         host = DiskHost(source, choose_device(request.device), dtype)
-        if beyond := [
-            name for index, names in host.names.items() if (index or 0) >= len(host.skeleton.real) for name in names
-        ]:
-            log.info("%s and %d more: belong to no block of the model, and are left out", beyond[0], len(beyond) - 1)
+        files_beside(source, fit=False)
+        if beyond := uncut(host):
+            others = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+            log.info("%s%s: predict further tokens, fit the whole model alone, and are left out", beyond[0], others)
             source = with_tensors(source, {}, beyond)
             host = DiskHost(source, host.device, dtype)
         tokens = None
@@ -89,6 +91,7 @@ class Shrinking:
             "software": software(),
         }
         progress.finish()
+        source.check_cast(dtype)
         return shrinking
 
     @property
@@ -156,7 +159,7 @@ class Shrinking:
             influence = depth.influences(self.host, self.rows, self.progress)
         else:
             generator = torch.Generator().manual_seed(request.seed)
-            influence = torch.rand(self.config.layers, generator=generator).tolist()
+            influence = torch.rand(self.config.layers, generator=generator, dtype=torch.float32).tolist()
         removed = depth.least_influential(influence, units, count)
         note({"removed": removed, "influence": influence})
         return removed
@@ -250,6 +253,24 @@ class Shrinking:
         seconds = time.perf_counter() - started
         run.note({"step": "split", "heads": share.heads, "neurons": share.neurons, "kl": tried, "seconds": seconds})
         return share
+
+
+def uncut(host: DiskHost) -> list[str]:
+    """Return the names of tensors that predict further tokens, which the model does not have and nobody cuts.
+
+    They are blocks after the last one (DeepSeek, GLM), heads by names of their own (``mtp.``), and whatever else ends
+    like a tensor of a block.
+    """
+    stack = host.skeleton.path.rpartition(".")[2]
+    numbered = re.compile(rf"(^|\.){re.escape(stack)}\.\d+\.")
+    inner = {numbered.split(name, 1)[-1] for names in host.names.values() for name in names if numbered.search(name)}
+
+    def ends_like_a_block(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[start:]) in inner for start in range(1, len(parts)))
+
+    inside = {name for index in range(len(host.skeleton.real)) for name in host.names.get(index, [])}
+    return sorted(n for n in host.foreign - inside if PREDICTOR.search(n) or ends_like_a_block(n))
 
 
 def steps_of(run: RunDirectory, name: str) -> list[dict[str, Any]]:
