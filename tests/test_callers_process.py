@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import random
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -161,6 +165,41 @@ def test_several_threads_at_once(model_directory, tmp_path):
     assert transformers_logging.is_progress_bar_enabled()
     assert dict(os.environ) == environment
     assert same_bytes(tensors_of(tmp_path / "out-0"), tensors_of(tmp_path / "out-20"))
+
+
+def test_what_is_global_in_libraries_is_given_back(model_directory, tmp_path, capsys):
+    """Random numbers, warnings, logging, matplotlib's settings and stdout, however many threads are at work."""
+    import matplotlib
+
+    text, data = tmp_path / "text.txt", {"progress": Silent()}
+    text.write_text(TEXT * 10, encoding="utf-8")
+    pruned = tmp_path / "pruned"
+    secateur.prune(model_directory(), pruned, method="magnitude", pattern="2:4", **data)
+    piqa = {"goal": "cut", "sol1": "a bud", "sol2": "a tree", "label": 0}
+    (tmp_path / "piqa.validation.jsonl").write_text("\n".join([json.dumps(piqa)] * 4), encoding="utf-8")
+
+    def work(number: int) -> Any:
+        if number % 3 == 0:
+            out = tmp_path / f"out-{number}"
+            secateur.finetune(pruned, out, IDS, steps=2, batch_size=1, train="full", **data)
+            return {name: tensor.tolist() for name, tensor in tensors_of(out).items()}
+        if number % 3 == 1:
+            secateur.report(pruned, output=tmp_path / f"{number}.html")
+            return (tmp_path / f"{number}.html").is_file()  # of what was recorded by then
+        return secateur.evaluate(pruned, tasks=["piqa"], task_data=tmp_path, **data)["tasks"]["results"]
+
+    alone = [work(number) for number in range(3)]
+
+    def settings() -> list[Any]:
+        seeds = random.getstate(), numpy.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+        return [seeds, list(warnings.filters), logging.root.manager.disable, dict(matplotlib.rcParams), sys.stdout]
+
+    before = settings()
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(work, range(3, 9)))
+    assert settings() == before
+    assert together == alone * 2
+    assert capsys.readouterr().out == ""
 
 
 def test_an_error_leaves_the_process_usable(model_directory, tmp_path):

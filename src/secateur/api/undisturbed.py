@@ -16,10 +16,10 @@ R = TypeVar("R")
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function compute outside of its caller's autocast, inference mode and default device.
+    """Let a function compute outside of its caller's autocast, inference mode, `no_grad` and default device.
 
-    All three belong to the calling thread, and are as they were when the function returns. A `Path` may stand wherever
-    the function takes a file's name by keyword.
+    All of these belong to the calling thread, and are as they were when the function returns. A `Path` may stand
+    wherever the function takes a file's name by keyword.
     """
 
     @wraps(function)
@@ -30,6 +30,8 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
                     stack.enter_context(torch.autocast(kind, enabled=False))
             if torch.is_inference_mode_enabled() and not any(map(_born_in_inference, args)):
                 stack.enter_context(torch.inference_mode(mode=False))
+            if not torch.is_grad_enabled():
+                stack.enter_context(torch.enable_grad())
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             named: Any = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in options.items()}

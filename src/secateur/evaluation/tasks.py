@@ -10,6 +10,8 @@ import logging
 import math
 import os
 import random
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -18,18 +20,20 @@ from functools import cache
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
 
 from ..errors import DataError, NumericsError, OptionError, SecateurError, nearest
 from ..models.source import first_line, load_model, load_tokenizer, open_checkpoint
+from ..pipeline.machine import alone
 from ..progress import Progress, Silent
 from .task_files import give_rows
 
 INSTALL = "pip install 'secateur[eval]'"
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "shots": 1234}  # lm-eval's own
+LOUD = ("lm_eval", "datasets", "evaluate", "transformers", "huggingface_hub", "absl")  # whose logging is no news here
 RESAMPLES = 1000  # for the standard error of a metric that is no mean; lm-eval's 100000 take minutes
 
 
@@ -259,30 +263,45 @@ def _length(request: tuple[Any, ...]) -> int:
     return sum(len(part) for part in request if isinstance(part, str))
 
 
+class _OfOthers:
+    """stdout for all threads but the one that made this, which is silent."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.silent = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.silent else int(self.stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep bars, warnings, logging and prints of lm-eval and its libraries off the terminal for a while."""
     bars: Any = import_module("tqdm").tqdm
-    make, disabled = bars.__init__, logging.root.manager.disable
-    alone = os.environ.get("DISABLE_MULTIPROC")
-    bars.__init__ = lambda bar, *args, **options: make(bar, *args, **{**options, "disable": True})
-    os.environ["DISABLE_MULTIPROC"] = "1"  # no processes for standard errors
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-            warnings.simplefilter("ignore")
+    loggers = {logger: logger.level for logger in map(logging.getLogger, LOUD)}
+    with alone(), warnings.catch_warnings(), redirect_stdout(cast(Any, _OfOthers(sys.stdout))):
+        warnings.simplefilter("ignore")
+        make, parallel = bars.__init__, os.environ.get("DISABLE_MULTIPROC")
+        bars.__init__ = lambda bar, *args, **options: make(bar, *args, **{**options, "disable": True})
+        os.environ["DISABLE_MULTIPROC"] = "1"  # no processes for standard errors
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
             yield
-    finally:
-        bars.__init__ = make
-        logging.disable(disabled)
-        os.environ.pop("DISABLE_MULTIPROC") if alone is None else os.environ.update(DISABLE_MULTIPROC=alone)
+        finally:
+            bars.__init__ = make
+            os.environ.pop("DISABLE_MULTIPROC") if parallel is None else os.environ.update(DISABLE_MULTIPROC=parallel)
+            for logger, level in loggers.items():
+                logger.setLevel(level)
 
 
 @contextmanager
 def _seeded() -> Iterator[None]:
     """Seed every generator that a task may draw from, and leave them all as they were."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    with alone(), torch.random.fork_rng():
+        python, arrays = random.getstate(), numpy.random.get_state()
         random.seed(SEEDS["python"])
         numpy.random.seed(SEEDS["numpy"])
         torch.manual_seed(SEEDS["torch"])

@@ -184,11 +184,20 @@ class Skeleton:
         return first[0], calls
 
     def logits(self, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
-        """Return the logits [B, T, V] that follow from the hidden state after the last block."""
+        """Return the logits [B, T, V] that follow from the hidden state after the last block.
+
+        Raises:
+            ModelError: the model predicts no tokens.
+        """
 
         def handler(index: int, call: BlockCall, hidden: Tensor) -> Any:
             return self.returned(index, hidden_BTD)
 
         with self._stubbed(handler):
-            logits: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
+            out = self.model(input_ids=ids_BT, use_cache=False)
+        logits: Tensor | None = getattr(out, "logits", None)
+        kind = type(self.model)
+        masked = kind.__module__.startswith("transformers.") and not self.model.can_generate()
+        if logits is None or logits.shape[:2] != ids_BT.shape or masked:
+            raise ModelError(f"{kind.__name__}: predicts no next token; give a causal language model")
         return logits

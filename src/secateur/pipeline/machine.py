@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,9 +96,25 @@ def choose_device(device: str) -> torch.device:
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Let torch compute with `count` threads for a while; None leaves it alone."""
+    if count is None:
+        yield
+        return
     former = torch.get_num_threads()
-    torch.set_num_threads(count or former)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(former)
+
+
+_one_thread = threading.RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let one of our threads at a time use what is global: random numbers, warnings, settings of libraries.
+
+    Whoever changes them gives back what was there; two threads at once would give back each other's.
+    """
+    with _one_thread:
+        yield

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..errors import ModelError, NumericsError
 from ..pipeline.calibration import Tokens
+from ..pipeline.machine import alone
 from ..progress import Progress
 from .callbacks import FollowCourse, KeepSparsity
 from .gradual import Gradual
@@ -61,7 +62,7 @@ class Recovery:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         if request.trained == "lora":
-            with torch.random.fork_rng():
+            with own_randomness():
                 torch.manual_seed(request.seed)
                 masked_lora(model, rank=request.rank)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -114,7 +115,7 @@ class Recovery:
         """
         last, stopped = latest_checkpoint(folder), None
         callback: TrainerCallback = FollowCourse(self.course) if self.course else KeepSparsity(self.masks)
-        with warnings.catch_warnings(), own_randomness():
+        with own_randomness(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries about each other
             trainer = SparseTrainer(
                 model=self.model,
@@ -205,8 +206,8 @@ class Recovery:
 @contextmanager
 def own_randomness() -> Iterator[None]:
     """Leave the random numbers of others as they are: a Trainer seeds them all."""
-    theirs, numpys = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with alone(), torch.random.fork_rng():
+        theirs, numpys = random.getstate(), np.random.get_state()
         try:
             yield
         finally:

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ...pipeline.machine import alone
+
 WIDTH = 5.0  # inches of 72 units: 360, the width of a phone
 
 # Colours that stand for a variable of the page's style sheet.
@@ -71,7 +73,7 @@ def draw(id: str, title: str, says: str, height: float, paint: Callable[[Axes], 
     Returns:
         An ``<svg>`` element for an HTML page.
     """
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    with alone(), matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # whatever the user has set for other pictures
         matplotlib.rcParams.update(SETTINGS)
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the page's typefaces will have it
