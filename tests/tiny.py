@@ -92,11 +92,16 @@ def tiny_tokenizer() -> Any:
     return fast
 
 
+def laid_out(model: Any) -> Any:
+    """The same model in torch's own memory, which is aligned; by a mapped file the last bits depend on the file."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return model
+
+
 def as_read(model: Any) -> Any:
     """The same model, its parameters as Secateur reads them: aligned, without gradients. The last bits depend on it."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return model.requires_grad_(False)
+    return laid_out(model).requires_grad_(False)
 
 
 def rows(count: int = 6, length: int = 20, seed: int = 0) -> torch.Tensor:

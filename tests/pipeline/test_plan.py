@@ -55,7 +55,7 @@ def test_include_narrows_and_exclude_subtracts(include, exclude, expected):
     ("options", "said"),
     [
         ({"include": "up_porj"}, "include 'up_porj' .*did you mean up_proj"),
-        ({"exclude": ["mlp", "lm_head"]}, "exclude 'lm_head' "),
+        ({"exclude": ["mlp", "lm_haed"]}, "exclude 'lm_haed' is found in no matrix name"),
         ({"include": "("}, r"include '\(' is no regular expression"),
         ({"exclude": "*"}, r"exclude '\*' is no regular expression"),
         ({"include": "mlp", "exclude": "proj"}, "leave no matrix"),

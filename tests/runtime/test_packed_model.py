@@ -18,7 +18,7 @@ from secateur.models.formats import pack
 from secateur.runtime import linear
 from secateur.runtime.linear import PackedLinear
 from sparse_models import MIXTURES, made_once, sparse_model, thin
-from tiny import DTYPES, rows, same_bytes, tensors_of
+from tiny import DTYPES, laid_out, rows, same_bytes, tensors_of
 
 FAMILIES = {"llama": "bfloat16", "llama-tied": "float32", "gpt2": "float32", "qwen2": "float16"}
 FAMILIES |= dict.fromkeys(MIXTURES, "float32")
@@ -33,12 +33,18 @@ def directories(tmp_path_factory):
 
 
 def opened(directory, **options):
-    return AutoModelForCausalLM.from_pretrained(directory, **{"dtype": "auto", **options}).eval()
+    return laid_out(AutoModelForCausalLM.from_pretrained(directory, **{"dtype": "auto", **options}).eval())
 
 
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model(ids).logits
+
+
+def alike(found, expected, dtype):
+    """Whether they differ by no more than other orders of summation make of a dtype's roundings, in three blocks."""
+    tight = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 5e-2}[dtype]
+    return torch.allclose(found.float(), expected.float(), rtol=tight, atol=tight)
 
 
 def layers(model):
@@ -90,7 +96,7 @@ def test_it_opens_in_a_fresh_process(order, directories, tmp_path):
     command = [sys.executable, "-c", SCRIPT.format(**ORDERS[order]), packed, tmp_path / "ids", tmp_path / "logits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits"), logits(opened(dense)))
+    assert alike(torch.load(tmp_path / "logits"), logits(opened(dense)), "bfloat16")
 
 
 def test_registering_leaves_nothing_behind():
@@ -120,8 +126,7 @@ def test_it_computes_what_the_dense_model_computes(family, format, values, direc
     in_float32 = opened(packed, dtype=torch.float32)
     assert torch.allclose(logits(in_float32), logits(exact), rtol=1e-5, atol=1e-5)
     if values is None:
-        tight = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 5e-2}[FAMILIES[family]]
-        assert torch.allclose(logits(model).float(), logits(opened(dense)).float(), rtol=tight, atol=tight)
+        assert alike(logits(model), logits(opened(dense)), FAMILIES[family])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,8 +181,8 @@ def test_modes(mode, directories):
     dense, packed = (opened(d) for d in directories())
     with mode():
         found, expected = packed(IDS).logits, dense(IDS).logits
-        assert torch.equal(found, expected)
-    assert torch.equal(logits(packed), expected)  # nothing from that mode was kept that another cannot use
+        assert alike(found, expected, "bfloat16")
+    assert torch.equal(logits(packed), found)  # nothing from that mode was kept that another cannot use
 
 
 def test_gradients_flow_through_to_inputs_and_not_to_weights(directories):
@@ -210,7 +215,7 @@ def test_the_dtype_asked_for_is_what_it_computes_in(dtype, values, directories):
 def test_the_device_asked_for(directories):
     dense, packed = directories()
     for device in ("cpu", {"": "cpu"}):
-        assert torch.equal(logits(opened(packed, device_map=device)), logits(opened(dense)))
+        assert alike(logits(opened(packed, device_map=device)), logits(opened(dense)), "bfloat16")
 
 
 @pytest.mark.parametrize("values", [None, "int8"])
