@@ -171,6 +171,9 @@ def test_masks_have_the_names_of_the_model(wrap):
     assert list(Masks(given, wrapped).parameters) == [n for n in expected.parameters if n.endswith("up_proj.weight")]
 
 
+@pytest.mark.parametrize(
+    "wrap", ["none", "torch.compile", "block.compile", "compiled regions", "accelerate", "DDP"], indirect=True
+)
 def test_gradual_prunes_what_the_wrapper_trains(wrap):
     def trained(given):
         model = model_in_memory(given)
