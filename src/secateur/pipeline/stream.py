@@ -78,12 +78,12 @@ class Stream:
     def get(self, index: int, number: int) -> Tensor:
         """Read the input of block `index` for one micro-batch, [B, T, D]."""
         dtype = self._dtype_of(index)
-        buffer = bytearray((self._offsets[number + 1] - self._offsets[number]) * dtype.itemsize)
+        # torch's memory, aligned to 64 bytes: the last bits of a product depend on where its operands lie.
+        hidden = torch.empty((*self.batches[number].shape, *self.hidden_shape), dtype=dtype, device="cpu")
         with self._files[index % 2].open("rb") as file:
             file.seek(self._offsets[number] * dtype.itemsize)
-            file.readinto(buffer)
-        shape = (*self.batches[number].shape, *self.hidden_shape)
-        return torch.frombuffer(buffer, dtype=dtype).view(shape).to(self.host.device)
+            file.readinto(hidden.view(-1).view(torch.uint8).numpy().data)
+        return hidden.to(self.host.device)
 
     def put(self, index: int, number: int, hidden_BTD: Tensor) -> None:
         """Write the input of block `index` for one micro-batch."""
