@@ -193,9 +193,7 @@ def raw_bytes(directory: Path, name: str) -> tuple[str, tuple[int, ...], bytes]:
 def test_a_tensor_of_any_dtype_that_is_none_of_the_models_comes_along(code, bits, dtype, source):
     data = bytes(range(8 * bits // 8))
     add_raw(source / SAVED, "extra.table", code, [8], data)
-    prune(source, dtype=dtype) if code in DTYPES else secateur.prune(
-        source, source.with_name("out"), method="magnitude", dtype=dtype, progress=Silent()
-    )
+    secateur.prune(source, source.with_name("out"), method="magnitude", dtype=dtype, progress=Silent())
     assert raw_bytes(source.with_name("out"), "extra.table") == (code, (8,), data)
 
 

@@ -28,7 +28,7 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
-            if torch.is_inference_mode_enabled() and not any(map(_born_in_inference, args)):
+            if torch.is_inference_mode_enabled() and not any(map(_born_in_inference, (*args, *options.values()))):
                 stack.enter_context(torch.inference_mode(mode=False))
             if not torch.is_grad_enabled():
                 stack.enter_context(torch.enable_grad())

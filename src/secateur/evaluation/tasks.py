@@ -6,21 +6,16 @@ lm-eval fetches its data sets from the hub; offline their rows come from files (
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
-import os
 import random
-import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
@@ -29,11 +24,11 @@ from ..errors import DataError, NumericsError, OptionError, SecateurError, neare
 from ..models.source import first_line, load_model, load_tokenizer, open_checkpoint
 from ..pipeline.machine import alone
 from ..progress import Progress, Silent
+from .quiet import quiet
 from .task_files import give_rows
 
 INSTALL = "pip install 'secateur[eval]'"
 SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "shots": 1234}  # lm-eval's own
-LOUD = ("lm_eval", "datasets", "evaluate", "transformers", "huggingface_hub", "absl")  # whose logging is no news here
 RESAMPLES = 1000  # for the standard error of a metric that is no mean; lm-eval's 100000 take minutes
 
 
@@ -155,7 +150,7 @@ def _number(value: Any) -> float | None:
 @cache
 def _known_tasks() -> Any:
     """lm-eval's index of its tasks, which takes seconds to make."""
-    with _quiet():
+    with quiet():
         from lm_eval.tasks import TaskManager
 
         return TaskManager()
@@ -168,7 +163,7 @@ def _read(options: TaskOptions, progress: Progress) -> dict[str, Any]:
     progress.start("reading tasks", len(options.names))
     for name in options.names:
         try:
-            with _quiet(), _data_of(options):
+            with quiet(), _data_of(options):
                 tasks |= known.load([name])["tasks"]
         except SecateurError:
             raise
@@ -218,7 +213,7 @@ def _data_of(options: TaskOptions) -> Iterator[None]:
 
 def _ask(model: Any, tokenizer: Any, tasks: dict[str, Any], options: TaskOptions, progress: Progress) -> Any:
     """Return what lm-eval finds."""
-    with _quiet():
+    with quiet():
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -261,40 +256,6 @@ def _announced(answer: Callable[..., Any], names: str, progress: Progress) -> Ca
 def _length(request: tuple[Any, ...]) -> int:
     """Characters to be read: what an answer takes grows with them."""
     return sum(len(part) for part in request if isinstance(part, str))
-
-
-class _OfOthers:
-    """stdout for all threads but the one that made this, which is silent."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.silent = stream, threading.get_ident()
-
-    def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self.silent else int(self.stream.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep bars, warnings, logging and prints of lm-eval and its libraries off the terminal for a while."""
-    bars: Any = import_module("tqdm").tqdm
-    loggers = {logger: logger.level for logger in map(logging.getLogger, LOUD)}
-    with alone(), warnings.catch_warnings(), redirect_stdout(cast(Any, _OfOthers(sys.stdout))):
-        warnings.simplefilter("ignore")
-        make, parallel = bars.__init__, os.environ.get("DISABLE_MULTIPROC")
-        bars.__init__ = lambda bar, *args, **options: make(bar, *args, **{**options, "disable": True})
-        os.environ["DISABLE_MULTIPROC"] = "1"  # no processes for standard errors
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        finally:
-            bars.__init__ = make
-            os.environ.pop("DISABLE_MULTIPROC") if parallel is None else os.environ.update(DISABLE_MULTIPROC=parallel)
-            for logger, level in loggers.items():
-                logger.setLevel(level)
 
 
 @contextmanager

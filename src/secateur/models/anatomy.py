@@ -197,7 +197,7 @@ class Skeleton:
             out = self.model(input_ids=ids_BT, use_cache=False)
         logits: Tensor | None = getattr(out, "logits", None)
         kind = type(self.model)
-        masked = kind.__module__.startswith("transformers.") and not self.model.can_generate()
-        if logits is None or logits.shape[:2] != ids_BT.shape or masked:
+        another_head = kind.__module__.startswith("transformers.") and not self.model.can_generate()
+        if logits is None or logits.shape[:2] != ids_BT.shape or another_head:
             raise ModelError(f"{kind.__name__}: predicts no next token; give a causal language model")
         return logits

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from .checkpoint import QUANT_METHOD
+from .shards import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # in whose import this module is loaded
@@ -31,7 +31,6 @@ INSIDE = {  # where a wrapper of that class keeps what it wraps
     "AdaptionPromptModel": "model",
 }
 SPLITS = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")  # their weights are not whole in one process
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IN_PASSING = re.compile(r"\.(base_layer|original_module|token_adapter|_orig_mod|modules_to_save\.[^.]+)(?=\.)")
 
 
@@ -156,10 +155,10 @@ def refuse_quantised(model: PreTrainedModel) -> None:
             f"({getattr(method, 'value', method)}); take the original 16-bit model instead"
         )
     for name, parameter in model.named_parameters():
-        plain = type(parameter) in (nn.Parameter, Tensor) and parameter.dtype in FLOATS
+        plain = type(parameter) in (nn.Parameter, Tensor) and parameter.dtype in WEIGHTS
         if parameter.ndim > 1 and not plain:
             form = str(parameter.dtype).removeprefix("torch.")
-            form = form if parameter.dtype not in FLOATS else type(parameter).__name__
+            form = form if parameter.dtype not in WEIGHTS else type(parameter).__name__
             raise ModelError(f"{name}: is quantised ({form}); take the original 16-bit model instead")
 
 

@@ -148,9 +148,9 @@ def small_files(directory: Path, patterns: Sequence[str], *, code: bool = False)
     """Return the files of a model's directory that fit a pattern and belong to its weights.
 
     Args:
-        directory: of the model.
-        patterns: of names in lower case.
-        code: whether its Python code may come along.
+        directory: The model's directory.
+        patterns: Shell patterns; file names are compared in lower case.
+        code: Include the model's Python code.
     """
     patterns = (*patterns, *(["*.py"] if code else []))
     found = [path for path in directory.iterdir() if _fits(path, patterns) and not _fits(path, STALE)]

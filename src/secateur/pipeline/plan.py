@@ -73,7 +73,7 @@ class Request:
         method = self.parsed_method
         target = default_target(self.sparsity, parse_pattern(self.pattern or method.pattern))
         if isinstance(self.method, str):
-            example = torch.eye(8, dtype=torch.float32)  # meets the method's options with a matrix of no account
+            example = torch.eye(8, dtype=torch.float32)  # running the method once checks its options
             method(example, Statistics.of(example), target.sparsity, target.pattern)
         written_dtype(self.dtype)
         if self.propagate not in PROPAGATE:
